@@ -1,0 +1,31 @@
+"""Second-order optimisation for JAX: damped Gauss-Newton and iterative linearisation as optax transforms."""
+
+from gn_linear import damping, losses, preconditioners, solvers
+from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState, gauss_newton
+from gn_linear._inspect import anchor, info
+from gn_linear._iterative_linearisation import (
+    IterativeLinearisationState,
+    LinearisationInfo,
+    iterative_linearisation,
+)
+from gn_linear._linearise import Linearisation, linearise, linearised
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GaussNewtonInfo",
+    "GaussNewtonState",
+    "IterativeLinearisationState",
+    "Linearisation",
+    "LinearisationInfo",
+    "anchor",
+    "damping",
+    "gauss_newton",
+    "info",
+    "iterative_linearisation",
+    "linearise",
+    "linearised",
+    "losses",
+    "preconditioners",
+    "solvers",
+]

@@ -1,0 +1,75 @@
+"""What both transforms check and complete before they linearise."""
+
+from typing import Any
+
+import jax
+import optax
+
+from gn_linear import _tree
+from gn_linear._typing import Inputs, Outputs, Params, Predict
+
+
+class _Missing:
+    """Marks an argument that was not given; None is a value that inputs may have."""
+
+    def __repr__(self) -> str:
+        return "<missing>"
+
+
+MISSING = _Missing()
+
+
+def check_update_arguments(transform: str, updates: Params, params: Params | None, inputs: Any) -> None:
+    """Raise unless an update has all that it needs, with leaves that fit.
+
+    Args:
+        transform: the name of the transform, for the messages.
+        updates: the incoming gradient.
+        params: the parameters.
+        inputs: the batch.
+
+    Raises:
+        TypeError: the batch was not passed on, or a leaf is not a float array.
+        ValueError: params is missing, or the gradient does not fit it.
+    """
+    call = "update(grads, state, params, inputs=x, targets=y)"
+    if params is None:
+        raise ValueError(f"params is None, but {transform} needs the parameters: call {call}.")
+    if inputs is MISSING:
+        raise TypeError(
+            f"inputs is missing: {transform} linearises the model on the batch; call {call}. If you do, a wrapper in "
+            "between drops the extra arguments; wrap what it holds in optax.with_extra_args_support."
+        )
+    _tree.check_float_leaves(params, "params")
+    _tree.check_float_leaves(updates, "updates")
+    _tree.check_same_shapes(updates, params, "updates", "params")
+
+
+def with_holes_filled(predict: Predict, params: Params, full_params: Params | None) -> Predict:
+    """``predict`` as a function of the parameters that this transform sees.
+
+    Args:
+        predict: the model on whole parameters.
+        params: what the transform was handed, perhaps with holes of ``optax.masked`` or ``optax.partition``.
+        full_params: the whole parameters.
+
+    Returns:
+        The model; the same function if there are no holes.
+
+    Raises:
+        ValueError: there are holes, and ``full_params`` is missing.
+    """
+    if not _tree.has_holes(params):
+        return predict
+    if full_params is None:
+        holes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        names = [_tree.leaf_name(path) for path, leaf in holes if isinstance(leaf, optax.MaskedNode)]
+        raise ValueError(
+            f"full_params is missing: params come without {', '.join(names)} (optax.masked or optax.partition took "
+            "them out), and the model needs all of them; call update(..., inputs=x, targets=y, full_params=params)."
+        )
+
+    def predict_part(part: Params, inputs: Inputs) -> Outputs:
+        return predict(_tree.fill_holes(part, full_params), inputs)
+
+    return predict_part

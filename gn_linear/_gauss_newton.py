@@ -1,0 +1,259 @@
+"""Damped Gauss-Newton as an optax transform.
+
+One update reads from top to bottom: linearise on the batch, choose the damping, solve the damped linearised problem
+for the incoming gradient, try the step, and either emit it or emit a zero update and raise the damping.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gn_linear import _tree
+from gn_linear import damping as damping_policies
+from gn_linear._batch import MISSING, check_update_arguments, with_holes_filled
+from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
+from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
+from gn_linear.losses import Loss, from_convex
+from gn_linear.solvers import CG, Result, Solver
+
+
+class GaussNewtonInfo(NamedTuple):
+    """What the last update of ``gauss_newton`` did; every field has shape ().
+
+    Attributes:
+        loss: the objective before the step: loss plus ``l2`` penalty on ``inputs``.
+        predicted_reduction: by the undamped quadratic model.
+        actual_reduction: of the objective, less what the incoming gradient holds besides this batch's.
+        gain_ratio: actual over predicted; 1 on every quadratic.
+        damping: the absolute damping of this step.
+        solver_steps: inner steps taken.
+        solver_status: a ``gn_linear.solvers.Status``.
+        step_norm: 2-norm of the step that was tried, learning rate included.
+        accepted: whether it was taken.
+        skipped: steps refused so far.
+        refused_in_a_row: steps refused since the last one taken.
+    """
+
+    loss: Scalar
+    predicted_reduction: Scalar
+    actual_reduction: Scalar
+    gain_ratio: Scalar
+    damping: Scalar
+    solver_steps: Count
+    solver_status: Count
+    step_norm: Scalar
+    accepted: Flag
+    skipped: Count
+    refused_in_a_row: Count
+
+
+class GaussNewtonState(NamedTuple):
+    """The state of ``gauss_newton``; read it through ``gn_linear.info``.
+
+    Attributes:
+        count: updates so far, shape ().
+        damping: the damping policy's state.
+        scale: the curvature scale, 0 before the first finite one, shape ().
+        solver: the solver's state.
+        info: what the last update did.
+    """
+
+    count: Count
+    damping: damping_policies.DampingState
+    scale: Scalar
+    solver: Any
+    info: GaussNewtonInfo
+
+
+class _Trial(NamedTuple):
+    actual: Scalar
+    predicted: Scalar
+    gain_ratio: Scalar
+    accepted: Flag
+    informative: Flag
+
+
+def gauss_newton(
+    predict: Predict,
+    loss: Loss | Callable[..., Any],
+    *,
+    solver: Solver = CG(),
+    damping: damping_policies.Policy | Number = damping_policies.LevenbergMarquardt(),
+    learning_rate: Number | Callable[[Any], Any] = 1.0,
+    l2: Any = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Damped Gauss-Newton: solve the linearised problem of each batch, take the step if it helps.
+
+    For the incoming gradient :math:`b`, the Jacobian :math:`J` of the outputs and the Hessian :math:`H` of the loss,
+
+    .. math:: d = -\eta \, (J^T H J + \lambda I + \mu I)^{-1} b.
+
+    A step that is not finite is refused, and under an adaptive damping policy also one that raises the objective. Then
+    the update is zero, the parameters stay as they are to the bit, the damping goes up and the step is counted in
+    ``info``. The objective is :math:`F + \langle b - \nabla F, \cdot \rangle` with :math:`F` the loss plus the
+    penalty, so clipping, weight decay and accumulation in front of this transform compose, and the gain ratio is 1 on
+    every quadratic.
+
+    ``update(updates, state, params, *, inputs, targets=None, full_params=None, curvature_inputs=None,
+    curvature_targets=None)`` takes the batch of the gradient as ``inputs`` and ``targets``, handed to ``predict`` and
+    ``loss``. ``curvature_inputs`` (with ``curvature_targets``) gives the inner solver another batch; steps are judged
+    on ``inputs`` all the same. ``full_params`` is needed inside ``optax.masked`` and ``optax.partition``.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``; the outputs' leading axis is the example.
+        loss: a loss of ``gn_linear.losses``, or any convex ``loss(outputs, targets)`` that returns a scalar or one
+            value per example.
+        solver: the inner solver.
+        damping: a policy of ``gn_linear.damping``, or a number, which is a constant absolute damping.
+        learning_rate: factor :math:`\eta` of the step, a number or an optax schedule.
+        l2: coefficient :math:`\lambda` of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a number or a pytree like
+            the parameters. The incoming gradient must already contain the penalty's.
+
+    Returns:
+        An optax transform whose update is to be added to the parameters (``optax.apply_updates``).
+
+    Raises:
+        TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing or a leaf is not a float array.
+        ValueError: a number is out of range; in ``update``, ``params`` is missing or shapes do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import gn_linear as gnl
+        >>> x = jnp.linspace(0.0, 1.0, 20)
+        >>> y = 2.0 * jnp.exp(-1.5 * x)
+        >>> predict = lambda p, x: p["a"] * jnp.exp(-p["k"] * x)
+        >>> loss = gnl.losses.squared_error
+        >>> optimiser = gnl.gauss_newton(predict, loss)
+        >>> params = {"a": jnp.array(1.0), "k": jnp.array(1.0)}
+        >>> state = optimiser.init(params)
+        >>> for _ in range(10):
+        ...     grads = jax.grad(lambda p: loss(predict(p, x), y))(params)
+        ...     updates, state = optimiser.update(grads, state, params, inputs=x, targets=y)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(f"{params['a']:.3f} {params['k']:.3f}")
+        2.000 1.500
+
+    References:
+        Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent; Martens (2010),
+        Deep learning via Hessian-free optimization.
+    """
+    objective = from_convex(loss)
+    policy = damping_policies.as_policy(damping)
+    if not callable(predict):
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {predict!r}.")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be one of gn_linear.solvers, but is {solver!r}.")
+    if not callable(learning_rate):
+        check_number(learning_rate, "learning_rate")
+    check_l2(l2)
+
+    def init(params: Params) -> GaussNewtonState:
+        _tree.check_float_leaves(params, "params")
+        dtype = _tree.scalar_dtype(params)
+        unknown, none = jnp.full([], jnp.nan, dtype), jnp.zeros([], jnp.int32)
+        info = GaussNewtonInfo(
+            *[unknown] * 5,
+            none,
+            none,
+            step_norm=unknown,
+            accepted=jnp.ones([], bool),
+            skipped=none,
+            refused_in_a_row=none,
+        )
+        return GaussNewtonState(none, policy.init(dtype), jnp.zeros([], dtype), solver.init(params), info)
+
+    def update(
+        updates: Params,
+        state: GaussNewtonState,
+        params: Params | None = None,
+        *,
+        inputs: Any = MISSING,
+        targets: Any = None,
+        full_params: Params | None = None,
+        curvature_inputs: Any = None,
+        curvature_targets: Any = None,
+        **ignored: Any,
+    ) -> tuple[Params, GaussNewtonState]:
+        del ignored
+        check_update_arguments("gauss_newton", updates, params, inputs)
+        model = with_holes_filled(predict, params, full_params)
+        coefficient = fit_l2(l2, params)
+        problem = linearised_problem(model, objective, params, inputs, targets=targets, l2=coefficient)
+        curved = problem
+        if curvature_inputs is not None:
+            curved = linearised_problem(
+                model, objective, params, curvature_inputs, targets=curvature_targets, l2=coefficient
+            )
+        rhs = _tree.to_solve(updates)
+        scale = _curvature_scale(curved, rhs, state.scale)
+        mu = policy.damping(state.damping, scale, state.count).astype(scale.dtype)
+        result = solver.solve(solver.prepare(curved, rhs, state.solver), mu)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        emitted = _tree.cast_like(_tree.scale(jnp.asarray(rate, scale.dtype), result.step), params)
+
+        def objective_at(point: Params) -> Scalar:
+            return objective(model(point, inputs), targets) + penalty(coefficient, point)
+
+        trial = _judge(problem, rhs, emitted, objective_at(optax.apply_updates(params, emitted)), policy.adaptive)
+        # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
+        kept = jax.tree.map(lambda u: jnp.where(trial.accepted, u, jnp.full_like(u, -0.0)), emitted)
+        learnt = policy.update(state.damping, trial.gain_ratio, trial.accepted)
+        new_state = GaussNewtonState(
+            count=optax.safe_increment(state.count),
+            damping=_tree.where(trial.informative, learnt, state.damping),
+            scale=scale,
+            solver=_tree.where(_tree.all_finite(result.step), result.state, state.solver),
+            info=_report(problem, trial, result, mu, emitted, state.info),
+        )
+        return kept, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> Scalar:
+    """The Rayleigh quotient of the curvature along the first gradient that gives a positive one."""
+
+    def estimate() -> Scalar:
+        size = _tree.norm(rhs)
+        unit = _tree.divide(rhs, jnp.where(size > 0, size, jnp.ones_like(size)))
+        quotient = problem.quadratic(unit).astype(known.dtype)
+        return jnp.where(jnp.isfinite(quotient) & (quotient > 0), quotient, jnp.zeros_like(quotient))
+
+    return jax.lax.cond(known > 0, lambda: known, estimate)
+
+
+def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objective: Scalar, adaptive: bool) -> _Trial:
+    """Compare what the step did with what the quadratic model promised."""
+    step = _tree.to_solve(emitted)
+    predicted, rest = problem.reductions(rhs, step)
+    actual = problem.objective - trial_objective - rest
+    finite = _tree.all_finite(emitted) & jnp.isfinite(actual) & jnp.isfinite(predicted)
+    accepted = finite & (actual >= 0) if adaptive else finite
+    exact = actual == predicted
+    ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
+    resolution = jnp.finfo(actual.dtype).eps * (jnp.abs(problem.objective) + jnp.abs(trial_objective) + jnp.abs(rest))
+    noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
+    return _Trial(actual, predicted, ratio, accepted, ~noise)
+
+
+def _report(
+    problem: LinearisedProblem, trial: _Trial, result: Result, mu: Scalar, emitted: Params, last: GaussNewtonInfo
+) -> GaussNewtonInfo:
+    dtype = last.loss.dtype
+    refused = (~trial.accepted).astype(last.skipped.dtype)
+    return GaussNewtonInfo(
+        loss=problem.objective.astype(dtype),
+        predicted_reduction=trial.predicted.astype(dtype),
+        actual_reduction=trial.actual.astype(dtype),
+        gain_ratio=trial.gain_ratio.astype(dtype),
+        damping=mu,
+        solver_steps=result.solver_steps,
+        solver_status=result.status,
+        step_norm=_tree.norm(_tree.to_solve(emitted)).astype(dtype),
+        accepted=trial.accepted,
+        skipped=last.skipped + refused,
+        refused_in_a_row=(last.refused_in_a_row + 1) * refused,
+    )

@@ -1,0 +1,196 @@
+"""Iterative linearisation as an optax transform: the gradient of the model linearised at an anchor.
+
+With the period K the anchor moves to the parameters every K steps. K = 1 is ordinary training, K at least the number
+of steps is training of the model linearised at its initialisation; in between, features change every K steps.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gn_linear import _tree
+from gn_linear._batch import MISSING, check_update_arguments, with_holes_filled
+from gn_linear._linearise import linearise
+from gn_linear._typing import Count, Flag, Params, Predict, Scalar
+from gn_linear.curvature import check_l2, fit_l2, l2_times
+from gn_linear.losses import Loss, from_convex
+
+
+class LinearisationInfo(NamedTuple):
+    r"""What ``iterative_linearisation`` did so far; every field has shape ().
+
+    Attributes:
+        feature_updates: re-linearisations so far, the first step included.
+        age: steps since the last one; 0 right after it.
+        linearisation_error: at the end of the last block of two steps or more, on the batch that followed it,
+            :math:`\|f(\theta) - f_\mathrm{lin}(\theta)\| / \|f(\theta) - f(\theta_s)\|`; NaN before there is one.
+    """
+
+    feature_updates: Count
+    age: Count
+    linearisation_error: Scalar
+
+
+class IterativeLinearisationState(NamedTuple):
+    """The state of ``iterative_linearisation``; read it through ``gn_linear.info`` and ``gn_linear.anchor``.
+
+    Attributes:
+        count: updates so far, shape ().
+        anchor: where the model is linearised, like the parameters.
+        info: what was done so far.
+    """
+
+    count: Count
+    anchor: Params
+    info: LinearisationInfo
+
+
+def iterative_linearisation(
+    predict: Predict, loss: Loss | Callable[..., Any], *, period: int | jax.Array, l2: Any = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replace the gradient by that of the model linearised at an anchor, which moves every ``period`` steps.
+
+    .. math::
+        g_t = J(\theta_s)^T \, \nabla \ell\bigl(f(\theta_s) + J(\theta_s)(\theta_t - \theta_s)\bigr)
+              + \lambda \theta_t, \qquad \theta_s \leftarrow \theta_t \text{ if } t \bmod K = 0.
+
+    It stands first in a chain, in front of any optimiser: the incoming gradient is replaced, and so is all that stood
+    in front of it. Put clipping behind it, and a penalty into ``l2``. The optimiser's own state is kept when the anchor
+    moves. With ``period=1`` every step is the one that the optimiser takes on the true gradient, at the cost of a plain
+    gradient. Nothing is refused here; ``optax.apply_if_finite`` around the chain does that.
+
+    ``update(updates, state, params, *, inputs, targets=None, full_params=None)`` takes this step's batch; the batch may
+    change at every step. Reported predictions differ between ``predict(params, x)`` and
+    ``gn_linear.linearised(predict, gn_linear.anchor(state))(params, x)``: say which one you mean.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``; deterministic given its inputs (pass the random
+            key of a stochastic layer in ``inputs``).
+        loss: a loss of ``gn_linear.losses``, or any convex ``loss(outputs, targets)`` that returns a scalar or one
+            value per example.
+        period: K, inner steps per linearisation, at least 1; an int or an integer array, which may be traced.
+        l2: coefficient :math:`\lambda` of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a number or a pytree like
+            the parameters.
+
+    Returns:
+        An optax transform whose updates are gradients, for the optimiser behind it.
+
+    Raises:
+        TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing or a leaf is not a float array.
+        ValueError: ``period`` is below 1, ``l2`` is out of range; in ``update``, ``params`` is missing or shapes do
+            not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import gn_linear as gnl
+        >>> x, y = jnp.linspace(-1.0, 1.0, 16), jnp.linspace(0.0, 1.0, 16) ** 2
+        >>> predict = lambda p, x: jnp.tanh(p["w"] * x + p["b"])
+        >>> optimiser = optax.chain(
+        ...     gnl.iterative_linearisation(predict, gnl.losses.squared_error, period=10), optax.adam(1e-2)
+        ... )
+        >>> params = {"w": jnp.array(1.0), "b": jnp.array(0.0)}
+        >>> state = optimiser.init(params)
+        >>> for _ in range(25):
+        ...     updates, state = optimiser.update(params, state, params, inputs=x, targets=y)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(gnl.info(state).feature_updates, gnl.info(state).age)
+        3 4
+
+    References:
+        Goldwaser and Ge (2022), Understanding sparse feature updates in deep networks using iterative linearisation.
+    """
+    objective = from_convex(loss)
+    if not callable(predict):
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {predict!r}.")
+    _check_period(period)
+    check_l2(l2)
+    # A cost-only distinction: a period known to be 1 needs no anchor but the parameters, and no second branch.
+    always_fresh = isinstance(period, int) and period == 1
+
+    def init(params: Params) -> IterativeLinearisationState:
+        _tree.check_float_leaves(params, "params")
+        zero = jnp.zeros([], jnp.int32)
+        error = jnp.full([], jnp.nan, _tree.scalar_dtype(params))
+        anchor = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+        return IterativeLinearisationState(zero, anchor, LinearisationInfo(zero, zero, error))
+
+    def update(
+        updates: Params,
+        state: IterativeLinearisationState,
+        params: Params | None = None,
+        *,
+        inputs: Any = MISSING,
+        targets: Any = None,
+        full_params: Params | None = None,
+        **ignored: Any,
+    ) -> tuple[Params, IterativeLinearisationState]:
+        del ignored
+        check_update_arguments("iterative_linearisation", updates, params, inputs)
+        _tree.check_same_shapes(state.anchor, params, "the anchor in state", "params")
+        model = with_holes_filled(predict, params, full_params)
+
+        def fresh() -> Params:
+            plain = linearise(model, params, inputs)
+            return plain.vjp(objective.gradient(plain.outputs, targets))
+
+        def moved() -> Params:
+            old = linearise(model, state.anchor, inputs)
+            outputs = jax.tree.map(jnp.add, old.outputs, old.jvp(_difference(params, state.anchor)))
+            return old.vjp(objective.gradient(outputs, targets))
+
+        def measured() -> Scalar:
+            return _linearisation_error(model, params, state.anchor, inputs).astype(
+                state.info.linearisation_error.dtype
+            )
+
+        info = state.info
+        if always_fresh:
+            relinearise, gradient, anchor, error = True, fresh(), params, info.linearisation_error
+        else:
+            relinearise = (state.count == 0) | (info.age + 1 >= period)
+            gradient = jax.lax.cond(relinearise, fresh, moved)
+            anchor = jax.tree.map(lambda p, a: jnp.where(relinearise, p, a), params, state.anchor)
+            error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
+        return _with_penalty(gradient, fit_l2(l2, params), params), IterativeLinearisationState(
+            optax.safe_increment(state.count), anchor, _progress(info, relinearise, error)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_period(period: Any) -> None:
+    integer = jnp.issubdtype(jnp.result_type(period), jnp.integer) if np.shape(period) == () else False
+    if isinstance(period, (bool, str)) or not integer:
+        raise TypeError(f"period must be an int or an integer array of shape (), but is {period!r}.")
+    try:
+        steps = int(period)
+    except jax.errors.ConcretizationTypeError:
+        return
+    if steps < 1:
+        raise ValueError(f"period must be at least 1 (1 is ordinary training), but is {steps}.")
+
+
+def _difference(params: Params, anchor: Params) -> Params:
+    return jax.tree.map(lambda p, a: jnp.asarray(p).astype(a.dtype) - a, params, anchor)
+
+
+def _with_penalty(gradient: Params, l2: Any, params: Params) -> Params:
+    if isinstance(l2, (int, float)) and l2 == 0:
+        return gradient
+    return _tree.add(gradient, _tree.cast_like(l2_times(l2, _tree.to_solve(params)), gradient))
+
+
+def _progress(info: LinearisationInfo, relinearise: Flag | bool, error: Scalar) -> LinearisationInfo:
+    happened = jnp.asarray(relinearise).astype(info.age.dtype)
+    return LinearisationInfo(info.feature_updates + happened, (info.age + 1) * (1 - happened), error)
+
+
+def _linearisation_error(model: Predict, params: Params, anchor: Params, inputs: Any) -> Scalar:
+    """The share of the outputs' motion that the linearised model misses."""
+    start, change = jax.jvp(lambda p: model(p, inputs), (anchor,), (_difference(params, anchor),))
+    motion = _tree.subtract(_tree.to_solve(model(params, inputs)), _tree.to_solve(start))
+    return _tree.norm(_tree.subtract(motion, _tree.to_solve(change))) / _tree.norm(motion)

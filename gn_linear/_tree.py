@@ -1,0 +1,175 @@
+"""The pytree vector space: inner products, axpy and casts that keep every leaf's dtype.
+
+Reductions run in at least float32. Scalars are cast to the dtype of the leaf that they multiply, so that
+loop carries keep their types and strict dtype promotion is respected.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax import MaskedNode
+
+from gn_linear._typing import Flag, Params, Scalar
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype in which a leaf of this dtype takes part in a solve."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def scalar_dtype(tree: Params) -> Any:
+    """The widest dtype of the leaves and at least float32: that of norms, damping and losses."""
+    dtypes = [at_least_float32(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
+
+
+def solve_zeros(params: Params) -> Params:
+    """Zeros of the shapes of ``params`` in the dtypes of the solve."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=at_least_float32(jnp.result_type(p))), params)
+
+
+def to_solve(tree: Params) -> Params:
+    """``tree`` with leaves narrower than float32 widened to it."""
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(at_least_float32(jnp.result_type(x))), tree)
+
+
+def cast_like(tree: Params, like: Params) -> Params:
+    """``tree`` with the dtypes of ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def map_scalars(fn: Callable[..., Any], *trees: Params) -> Scalar:
+    """The sum over leaves of ``fn``, a scalar for each leaf, in the widest dtype."""
+    dtype = scalar_dtype(trees[0])
+    terms = [term.astype(dtype) for term in jax.tree.leaves(jax.tree.map(fn, *trees))]
+    return functools.reduce(jnp.add, terms, jnp.zeros([], dtype))
+
+
+def _leaf_dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    dtype = at_least_float32(max((x.dtype, y.dtype), key=lambda d: jnp.finfo(d).bits))
+    return jnp.vdot(x.astype(dtype), y.astype(dtype))
+
+
+def dot(x: Params, y: Params) -> Scalar:
+    """The inner product of two pytrees."""
+    return map_scalars(_leaf_dot, x, y)
+
+
+def norm(x: Params) -> Scalar:
+    """The 2-norm, free of overflow and underflow of the squares."""
+    largest = max_abs(x)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    scaled = divide(x, scale)
+    return scale * jnp.sqrt(dot(scaled, scaled))
+
+
+def max_abs(x: Params) -> Scalar:
+    """The largest absolute entry; NaN if there is one, 0 for an empty tree."""
+    dtype = scalar_dtype(x)
+    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
+    return functools.reduce(jnp.maximum, peaks, jnp.zeros([], dtype))
+
+
+def scale(alpha: Scalar, x: Params) -> Params:
+    """``alpha x``."""
+    return jax.tree.map(lambda leaf: alpha.astype(leaf.dtype) * leaf, x)
+
+
+def divide(x: Params, alpha: Scalar) -> Params:
+    """``x / alpha``."""
+    return jax.tree.map(lambda leaf: leaf / alpha.astype(leaf.dtype), x)
+
+
+def add(x: Params, y: Params) -> Params:
+    """``x + y``."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def subtract(x: Params, y: Params) -> Params:
+    """``x - y``."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def negative(x: Params) -> Params:
+    """``-x``."""
+    return jax.tree.map(jnp.negative, x)
+
+
+def axpy(alpha: Scalar, x: Params, y: Params) -> Params:
+    """``alpha x + y``."""
+    return jax.tree.map(lambda a, b: alpha.astype(a.dtype) * a + b, x, y)
+
+
+def where(condition: Flag, x: Params, y: Params) -> Params:
+    """``x`` where the condition holds, else ``y``, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def all_finite(tree: Params) -> Flag:
+    """Whether every entry is finite."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, flags, jnp.ones([], bool))
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A readable name of a leaf: ``['layer']['w']``, or ``(the whole tree)`` for a bare array."""
+    return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
+def check_float_leaves(tree: Params, argument: str) -> None:
+    """Raise a TypeError that names the first leaf which is not a real floating-point array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise TypeError(
+                f"{argument}: leaf {leaf_name(path)} is a {type(leaf).__name__}; every leaf must be a float array. "
+                "Keep what is not trained out of it (close over it in predict, or pass it in inputs)."
+            )
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{argument}: leaf {leaf_name(path)} has dtype {dtype}; every leaf must be a real float array. "
+                "Keep what is not trained out of it (close over it in predict, or pass it in inputs); "
+                "split complex parameters into real and imaginary parts."
+            )
+
+
+def check_same_shapes(tree: Params, like: Params, argument: str, like_argument: str) -> None:
+    """Raise a ValueError that names the first leaf in which two trees differ in structure or shape."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(
+            f"{argument} and {like_argument} must have the same tree structure; {argument} has {structure} and "
+            f"{like_argument} has {expected}."
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True)
+    for (path, leaf), other in pairs:
+        if np.shape(leaf) != np.shape(other):
+            raise ValueError(
+                f"{argument}: leaf {leaf_name(path)} has shape {np.shape(leaf)}, but {like_argument} has shape "
+                f"{np.shape(other)} there; they must be the same."
+            )
+
+
+def has_holes(tree: Params) -> bool:
+    """Whether ``optax.masked`` or ``optax.partition`` has cut leaves out of the tree."""
+    return any(isinstance(x, MaskedNode) for x in jax.tree.leaves(tree, is_leaf=_is_hole))
+
+
+def fill_holes(tree: Params, full: Params) -> Params:
+    """``tree`` with each hole filled by the subtree of ``full`` in its place."""
+    return jax.tree.map(lambda x, whole: whole if _is_hole(x) else x, tree, full, is_leaf=_is_hole)
+
+
+def cut_holes(full: Params, like: Params) -> Params:
+    """``full`` with holes wherever ``like`` has them, if the rest of the two structures agree."""
+    if not has_holes(like):
+        return full
+    return jax.tree.map(lambda x, whole: x if _is_hole(x) else whole, like, full, is_leaf=_is_hole)
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, MaskedNode)

@@ -1,0 +1,59 @@
+"""Shared type aliases, and the check that every numeric argument passes."""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+
+Params: TypeAlias = PyTree[Any]
+"""A pytree of float arrays (None is an empty subtree)."""
+
+Inputs: TypeAlias = Any
+"""An opaque pytree, handed to ``predict`` as it came."""
+
+Outputs: TypeAlias = PyTree[Any]
+"""An array whose leading axis is the example, or a pytree of such arrays."""
+
+Targets: TypeAlias = Any
+"""What the loss compares the outputs with."""
+
+Predict: TypeAlias = Callable[[Params, Inputs], Outputs]
+"""``predict(params, inputs) -> outputs``, any framework's apply function."""
+
+Scalar: TypeAlias = Float[Array, ""]
+"""A float array of shape ()."""
+
+Count: TypeAlias = Int[Array, ""]
+"""An integer array of shape ()."""
+
+Flag: TypeAlias = Bool[Array, ""]
+"""A boolean array of shape ()."""
+
+Number: TypeAlias = float | int | Shaped[Array, ""]
+"""A real number that may be traced."""
+
+
+def check_number(value: Any, argument: str, *, positive: bool = False) -> None:
+    """Raise unless a number is real, finite and not negative (or positive); traced values cannot be checked.
+
+    Args:
+        value: the number; a traced one passes.
+        argument: its name, for the message.
+        positive: whether zero is refused as well.
+
+    Raises:
+        TypeError: it is not a real scalar.
+        ValueError: it is out of range.
+    """
+    kind = "a positive finite number" if positive else "a finite number that is not negative"
+    if isinstance(value, (bool, str)) or value is None or (not np.isscalar(value) and np.shape(value) != ()):
+        raise TypeError(f"{argument} must be {kind}, but is {value!r} (a {type(value).__name__}).")
+    try:
+        number = float(value)
+    except jax.errors.ConcretizationTypeError:
+        return
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{argument} must be {kind}, but is {value!r}.")

@@ -1,0 +1,186 @@
+r"""The linearised problem: the damped Gauss-Newton operator and the quadratic model of one batch.
+
+With the Jacobian :math:`J` at the parameters :math:`\theta`, the Hessian :math:`H` of the loss in output space and the
+penalty :math:`\frac12 \lambda \|\theta\|^2`, the generalised Gauss-Newton matrix is
+:math:`G = J^T H J + \lambda I`. It is never formed: a product costs one Jacobian-vector and one vector-Jacobian
+product. This is the only module that knows both :math:`J` and :math:`H`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from gn_linear import _tree
+from gn_linear._linearise import Linearisation, linearise
+from gn_linear._typing import Inputs, Params, Predict, Scalar, Targets, check_number
+from gn_linear.losses import Loss, OutputHessian
+
+
+class Reductions(NamedTuple):
+    r"""What a step changes, by the quadratic model and beside it.
+
+    Attributes:
+        predicted: :math:`-(\\langle b, d \\rangle + \\frac12 d^T G d)`, with G undamped.
+        rest: :math:`\\langle b - \\nabla F, d \\rangle`, the part of the slope that is not this batch's gradient.
+    """
+
+    predicted: Scalar
+    rest: Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearisedProblem:
+    """A batch's objective, linearised inside the loss, as the inner solvers see it.
+
+    Attributes:
+        params: where it is linearised.
+        linearisation: outputs and Jacobian products there.
+        hessian: of the loss in output space.
+        output_gradient: of the loss, like the outputs.
+        objective: loss plus penalty, a scalar.
+        l2: coefficient of the penalty, a scalar or a pytree like the parameters.
+    """
+
+    params: Params
+    linearisation: Linearisation
+    hessian: OutputHessian
+    output_gradient: Any
+    objective: Scalar
+    l2: Any
+
+    def product(self, vector: Params) -> Params:
+        """``G v``, undamped, in the dtypes of the solve."""
+        tangent = self.linearisation.jvp(_tree.cast_like(vector, self.params))
+        curved = self.linearisation.vjp(self.hessian.product(tangent))
+        return _tree.add(_tree.to_solve(curved), l2_times(self.l2, vector))
+
+    def quadratic(self, vector: Params) -> Scalar:
+        """``v^T G v`` by one Jacobian-vector product; never negative for a convex loss."""
+        tangent = self.linearisation.jvp(_tree.cast_like(vector, self.params))
+        return _tree.dot(tangent, self.hessian.product(tangent)) + _tree.dot(vector, l2_times(self.l2, vector))
+
+    def reductions(self, rhs: Params, step: Params) -> Reductions:
+        """Predicted reduction of the objective along a step, for any right-hand side.
+
+        Args:
+            rhs: the gradient b that the step was solved for, in the dtypes of the solve.
+            step: the step d, likewise.
+
+        Returns:
+            The predicted reduction, and the slope of what b holds besides this batch's own gradient.
+        """
+        tangent = self.linearisation.jvp(_tree.cast_like(step, self.params))
+        penalty = l2_times(self.l2, step)
+        curvature = _tree.dot(tangent, self.hessian.product(tangent)) + _tree.dot(step, penalty)
+        slope = _tree.dot(rhs, step)
+        own = _tree.dot(self.output_gradient, tangent) + _tree.dot(_tree.to_solve(self.params), penalty)
+        return Reductions(predicted=-(slope + 0.5 * curvature), rest=slope - own)
+
+    def diagonal(self) -> Params:
+        """The exact diagonal of ``G``, by as many products as there are parameters or outputs, whichever is fewer."""
+        flat, unravel = ravel_pytree(_tree.solve_zeros(self.params))
+        if flat.size <= self.output_size:
+            columns = jax.lax.map(lambda unit: self.quadratic(unravel(unit)), jnp.eye(flat.size, dtype=flat.dtype))
+            return unravel(columns.astype(flat.dtype))
+        outputs, unravel_outputs = ravel_pytree(self.linearisation.outputs)
+        squares = jax.lax.map(
+            lambda unit: self._squared_pullback(unravel_outputs(unit)), jnp.eye(outputs.size, dtype=outputs.dtype)
+        )
+        return self._with_penalty(jax.tree.map(lambda x: jnp.sum(x, axis=0), squares))
+
+    def sampled_diagonal(self, key: jax.Array, samples: int) -> Params:
+        r"""An unbiased estimate of the diagonal of ``G``.
+
+        .. math:: \mathrm{diag}(J^T B B^T J) = \mathrm{E}[(J^T B z)^2], \quad z_i = \pm 1
+
+        Args:
+            key: a random key.
+            samples: how many sign vectors to average over; one vector-Jacobian product each.
+
+        Returns:
+            The estimate, never negative.
+        """
+        leaves, structure = jax.tree.flatten(self.linearisation.outputs)
+
+        def one(sample_key: jax.Array) -> Params:
+            keys = jax.random.split(sample_key, len(leaves))
+            signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+            return self._squared_pullback(jax.tree.unflatten(structure, signs))
+
+        squares = jax.lax.map(one, jax.random.split(key, samples))
+        return self._with_penalty(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
+
+    @property
+    def output_size(self) -> int:
+        """How many outputs the batch has in all."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.linearisation.outputs))
+
+    def _squared_pullback(self, vector: Any) -> Params:
+        pulled = self.linearisation.vjp(self.hessian.root(vector))
+        return jax.tree.map(jnp.square, _tree.to_solve(pulled))
+
+    def _with_penalty(self, diagonal: Params) -> Params:
+        ones = jax.tree.map(jnp.ones_like, diagonal)
+        return _tree.add(diagonal, l2_times(self.l2, ones))
+
+
+def linearised_problem(
+    predict: Predict, loss: Loss, params: Params, inputs: Inputs, *, targets: Targets = None, l2: Any = 0.0
+) -> LinearisedProblem:
+    r"""Linearise the model on one batch and expand the loss around its outputs.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``.
+        loss: a loss of ``gn_linear.losses``.
+        params: where to linearise.
+        inputs: one batch.
+        targets: its targets.
+        l2: coefficient of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a scalar or a pytree like ``params``.
+
+    Returns:
+        The problem, with everything that its products share computed once.
+    """
+    linearisation = linearise(predict, params, inputs)
+    return LinearisedProblem(
+        params=params,
+        linearisation=linearisation,
+        hessian=loss.hessian(linearisation.outputs, targets),
+        output_gradient=loss.gradient(linearisation.outputs, targets),
+        objective=loss(linearisation.outputs, targets) + penalty(l2, params),
+        l2=l2,
+    )
+
+
+def penalty(l2: Any, params: Params) -> Scalar:
+    """The penalty ``1/2 l2 ||params||^2``, a scalar."""
+    wide = _tree.to_solve(params)
+    return 0.5 * _tree.dot(wide, l2_times(l2, wide))
+
+
+def l2_times(l2: Any, vector: Params) -> Params:
+    """The product of the penalty's coefficient, a scalar or a pytree, with a vector."""
+    if jax.tree.structure(l2) == jax.tree.structure(0.0):
+        return jax.tree.map(lambda v: jnp.asarray(l2, v.dtype) * v, vector)
+    return jax.tree.map(lambda w, v: jnp.asarray(w, v.dtype) * v, l2, vector)
+
+
+def check_l2(l2: Any) -> None:
+    """Raise unless every coefficient of the penalty is a finite number that is not negative."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(l2):
+        check_number(leaf, f"l2{jax.tree_util.keystr(path)}")
+
+
+def fit_l2(l2: Any, params: Params) -> Any:
+    """The penalty's coefficients for these parameters: holes cut out as theirs are, the structure checked."""
+    if jax.tree.structure(l2) == jax.tree.structure(0.0):
+        return l2
+    cut = _tree.cut_holes(l2, params)
+    if jax.tree.structure(cut) != jax.tree.structure(params):
+        raise ValueError(
+            "l2 must be a number or a pytree of numbers with the structure of params; l2 has "
+            f"{jax.tree.structure(cut)} and params have {jax.tree.structure(params)}."
+        )
+    return cut

@@ -1,0 +1,111 @@
+"""Preconditioners of conjugate gradients: cheap approximate inverses of the damped Gauss-Newton matrix."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gn_linear import _tree
+from gn_linear._typing import Count, Number, Params, Scalar, check_number
+from gn_linear.curvature import LinearisedProblem
+
+
+class Preconditioner:
+    """Interface: ``init(params)``, ``refresh(problem, state)`` once a step, ``inverse(state, damping)`` for each solve."""
+
+    def init(self, params: Params) -> object:
+        """The state before the first step, a pytree of arrays."""
+        raise NotImplementedError
+
+    def refresh(self, problem: LinearisedProblem, state: object) -> object:
+        """The state with this step's curvature taken in; nothing here depends on the damping."""
+        raise NotImplementedError
+
+    def inverse(self, state: object, damping: Scalar) -> Callable[[Params], Params]:
+        """``r -> M^-1 r`` for one damping, symmetric and positive definite."""
+        raise NotImplementedError
+
+
+class JacobiState(NamedTuple):
+    """A running average of the diagonal.
+
+    Attributes:
+        diagonal: the decayed sum of diagonals, like the parameters.
+        count: refreshes so far.
+        weight: the decayed sum of weights, which corrects the average's bias.
+    """
+
+    diagonal: Params
+    count: Count
+    weight: Scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Jacobi(Preconditioner):
+    r"""The diagonal of the Gauss-Newton matrix, :math:`M = \mathrm{diag}(G) + \mu I`.
+
+    Where the parameters or the outputs of a batch number at most ``exact_up_to``, the diagonal is exact. Otherwise it
+    is estimated by random signs (Hutchinson), with a running average over steps.
+
+    Attributes:
+        samples: sign vectors a step, one vector-Jacobian product each.
+        exact_up_to: the largest number of products spent on the exact diagonal.
+        decay: of the running average of estimates, in [0, 1); an exact diagonal is not averaged.
+        seed: of the signs.
+
+    Example:
+        >>> import gn_linear as gnl
+        >>> solver = gnl.solvers.CG(preconditioner=gnl.preconditioners.Jacobi())
+
+    References:
+        Hutchinson (1990), A stochastic estimator of the trace; Martens (2010), Deep learning via Hessian-free
+        optimization, section 4.7.
+    """
+
+    samples: int = dataclasses.field(default=4, metadata={"static": True})
+    exact_up_to: int = dataclasses.field(default=64, metadata={"static": True})
+    decay: Number = 0.9
+    seed: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_number(self.samples, "samples", positive=True)
+        check_number(self.exact_up_to, "exact_up_to")
+        check_number(self.decay, "decay")
+
+    def init(self, params: Params) -> JacobiState:
+        """No curvature seen yet."""
+        zeros = _tree.solve_zeros(params)
+        return JacobiState(zeros, jnp.zeros([], jnp.int32), jnp.zeros([], _tree.scalar_dtype(params)))
+
+    def refresh(self, problem: LinearisedProblem, state: JacobiState) -> JacobiState:
+        """Take in this step's diagonal; one that is not finite is left out."""
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
+        dtype = state.weight.dtype
+        if min(parameters, problem.output_size) <= self.exact_up_to:
+            fresh, decay = problem.diagonal(), jnp.zeros([], dtype)
+        else:
+            key = jax.random.fold_in(jax.random.key(self.seed), state.count)
+            fresh, decay = problem.sampled_diagonal(key, self.samples), jnp.asarray(self.decay, dtype)
+        averaged = _tree.axpy(decay, state.diagonal, _tree.scale(1 - decay, fresh))
+        usable = _tree.all_finite(fresh)
+        return JacobiState(
+            _tree.where(usable, averaged, state.diagonal),
+            state.count + 1,
+            jnp.where(usable, decay * state.weight + 1 - decay, state.weight),
+        )
+
+    def inverse(self, state: JacobiState, damping: Scalar) -> Callable[[Params], Params]:
+        """``r -> r / (diag + mu)``, where entries without any curvature count as the largest one."""
+        weight = jnp.where(state.weight > 0, state.weight, jnp.ones_like(state.weight))
+        largest = _tree.max_abs(state.diagonal) / weight + damping
+        fallback = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+
+        def entry(diagonal: jax.Array) -> jax.Array:
+            whole = diagonal / weight.astype(diagonal.dtype) + damping.astype(diagonal.dtype)
+            return jnp.where(whole > 0, whole, fallback.astype(diagonal.dtype))
+
+        diagonal = jax.tree.map(entry, state.diagonal)
+        return lambda residual: jax.tree.map(jnp.divide, residual, diagonal)

@@ -1,0 +1,85 @@
+"""What every inner solver offers, and what it returns."""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+
+from gn_linear._typing import Count, Params, Scalar
+from gn_linear.curvature import LinearisedProblem
+
+
+class Status(enum.IntEnum):
+    """Why an inner solver stopped."""
+
+    CONVERGED = 0
+    """The relative residual fell below ``rtol``."""
+    PROGRESS = 1
+    """The quadratic model hardly falls any more (Martens' test)."""
+    MAX_STEPS = 2
+    """The cap on inner steps was reached; the step so far is used."""
+    NON_POSITIVE_CURVATURE = 3
+    """A direction without positive curvature was met; the step before it is used."""
+    NON_FINITE = 4
+    """A product or the right-hand side was not finite; the step before it is used."""
+
+
+class Result(NamedTuple):
+    r"""What a solve returns.
+
+    Attributes:
+        step: approximately :math:`-(G + \\mu I)^{-1} b`, a pytree like the parameters in the dtypes of the solve.
+        state: the solver's state for the next step.
+        solver_steps: inner steps taken, shape ().
+        status: a ``Status``, shape ().
+    """
+
+    step: Params
+    state: Any
+    solver_steps: Count
+    status: jax.Array
+
+
+class Solver:
+    r"""An inner solver of the damped linearised problem.
+
+    .. math:: \min_d \; \langle b, d \rangle + \tfrac12 d^T (G + \mu I) d
+
+    ``prepare`` does all that does not depend on the damping, ``solve`` the rest, so that another damping is cheap.
+    """
+
+    def init(self, params: Params) -> Any:
+        """The state before the first step, a pytree of arrays.
+
+        Args:
+            params: the parameters that will be trained.
+
+        Returns:
+            The state.
+        """
+        raise NotImplementedError
+
+    def prepare(self, problem: LinearisedProblem, rhs: Params, state: Any) -> Any:
+        """All the work that does not depend on the damping.
+
+        Args:
+            problem: the linearised problem.
+            rhs: the gradient b, in the dtypes of the solve.
+            state: from ``init`` or the last ``Result``.
+
+        Returns:
+            What ``solve`` needs.
+        """
+        raise NotImplementedError
+
+    def solve(self, prepared: Any, damping: Scalar) -> Result:
+        """The step for one damping.
+
+        Args:
+            prepared: from ``prepare``.
+            damping: absolute, shape ().
+
+        Returns:
+            The step, with the state for the next one.
+        """
+        raise NotImplementedError

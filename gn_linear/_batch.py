@@ -19,14 +19,17 @@ class _Missing:
 MISSING = _Missing()
 
 
-def check_update_arguments(transform: str, updates: Params, params: Params | None, inputs: Any) -> None:
-    """Raise unless an update has all that it needs, with leaves that fit.
+def checked_params(transform: str, updates: Params, params: Params | None, inputs: Any) -> Params:
+    """The parameters, once it is sure that an update has all that it needs, with leaves that fit.
 
     Args:
         transform: the name of the transform, for the messages.
         updates: the incoming gradient.
         params: the parameters.
         inputs: the batch.
+
+    Returns:
+        ``params``.
 
     Raises:
         TypeError: the batch was not passed on, or a leaf is not a float array.
@@ -43,6 +46,7 @@ def check_update_arguments(transform: str, updates: Params, params: Params | Non
     _tree.check_float_leaves(params, "params")
     _tree.check_float_leaves(updates, "updates")
     _tree.check_same_shapes(updates, params, "updates", "params")
+    return params
 
 
 def with_holes_filled(predict: Predict, params: Params, full_params: Params | None) -> Predict:

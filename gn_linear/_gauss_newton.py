@@ -4,6 +4,7 @@ One update reads from top to bottom: linearise on the batch, choose the damping,
 for the incoming gradient, try the step, and either emit it or emit a zero update and raise the damping.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 
 from gn_linear import _tree
 from gn_linear import damping as damping_policies
-from gn_linear._batch import MISSING, check_update_arguments, with_holes_filled
+from gn_linear._batch import MISSING, checked_params, with_holes_filled
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
@@ -149,26 +150,45 @@ def gauss_newton(
     if not callable(learning_rate):
         check_number(learning_rate, "learning_rate")
     check_l2(l2)
+    transform = _GaussNewton(predict, objective, solver, policy, learning_rate, l2)
+    return optax.GradientTransformationExtraArgs(transform.init, transform.update)
 
-    def init(params: Params) -> GaussNewtonState:
+
+@dataclasses.dataclass(frozen=True)
+class _GaussNewton:
+    """The two functions of the transform, and what they share."""
+
+    predict: Predict
+    loss: Loss
+    solver: Solver
+    policy: damping_policies.Policy
+    learning_rate: Any
+    l2: Any
+
+    def init(self, params: Params) -> GaussNewtonState:
         _tree.check_float_leaves(params, "params")
         dtype = _tree.scalar_dtype(params)
         unknown, none = jnp.full([], jnp.nan, dtype), jnp.zeros([], jnp.int32)
         info = GaussNewtonInfo(
-            *[unknown] * 5,
-            none,
-            none,
+            loss=unknown,
+            predicted_reduction=unknown,
+            actual_reduction=unknown,
+            gain_ratio=unknown,
+            damping=unknown,
+            solver_steps=none,
+            solver_status=none,
             step_norm=unknown,
             accepted=jnp.ones([], bool),
             skipped=none,
             refused_in_a_row=none,
         )
-        return GaussNewtonState(none, policy.init(dtype), jnp.zeros([], dtype), solver.init(params), info)
+        return GaussNewtonState(none, self.policy.init(dtype), jnp.zeros([], dtype), self.solver.init(params), info)
 
     def update(
+        self,
         updates: Params,
-        state: GaussNewtonState,
-        params: Params | None = None,
+        state: Any,
+        params: Any = None,
         *,
         inputs: Any = MISSING,
         targets: Any = None,
@@ -178,39 +198,38 @@ def gauss_newton(
         **ignored: Any,
     ) -> tuple[Params, GaussNewtonState]:
         del ignored
-        check_update_arguments("gauss_newton", updates, params, inputs)
-        model = with_holes_filled(predict, params, full_params)
-        coefficient = fit_l2(l2, params)
-        problem = linearised_problem(model, objective, params, inputs, targets=targets, l2=coefficient)
+        params = checked_params("gauss_newton", updates, params, inputs)
+        model = with_holes_filled(self.predict, params, full_params)
+        coefficient = fit_l2(self.l2, params)
+        problem = linearised_problem(model, self.loss, params, inputs, targets=targets, l2=coefficient)
         curved = problem
         if curvature_inputs is not None:
             curved = linearised_problem(
-                model, objective, params, curvature_inputs, targets=curvature_targets, l2=coefficient
+                model, self.loss, params, curvature_inputs, targets=curvature_targets, l2=coefficient
             )
-        rhs = _tree.to_solve(updates)
+        rhs = _tree.cast_like(_tree.to_solve(updates), _tree.to_solve(params))
         scale = _curvature_scale(curved, rhs, state.scale)
-        mu = policy.damping(state.damping, scale, state.count).astype(scale.dtype)
-        result = solver.solve(solver.prepare(curved, rhs, state.solver), mu)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        mu = self.policy.damping(state.damping, scale, state.count).astype(scale.dtype)
+        result = self.solver.solve(self.solver.prepare(curved, rhs, state.solver), mu)
+        rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         emitted = _tree.cast_like(_tree.scale(jnp.asarray(rate, scale.dtype), result.step), params)
 
         def objective_at(point: Params) -> Scalar:
-            return objective(model(point, inputs), targets) + penalty(coefficient, point)
+            return self.loss(model(point, inputs), targets) + penalty(coefficient, point)
 
-        trial = _judge(problem, rhs, emitted, objective_at(optax.apply_updates(params, emitted)), policy.adaptive)
+        trial_objective = objective_at(optax.apply_updates(params, emitted))
+        trial = _judge(problem, rhs, emitted, trial_objective, self.policy.adaptive)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(trial.accepted, u, jnp.full_like(u, -0.0)), emitted)
-        learnt = policy.update(state.damping, trial.gain_ratio, trial.accepted)
+        learnt = self.policy.update(state.damping, trial.gain_ratio, trial.accepted)
         new_state = GaussNewtonState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             damping=_tree.where(trial.informative, learnt, state.damping),
             scale=scale,
             solver=_tree.where(_tree.all_finite(result.step), result.state, state.solver),
             info=_report(problem, trial, result, mu, emitted, state.info),
         )
         return kept, new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> Scalar:

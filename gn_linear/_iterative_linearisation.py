@@ -4,6 +4,7 @@ With the period K the anchor moves to the parameters every K steps. K = 1 is ord
 of steps is training of the model linearised at its initialisation; in between, features change every K steps.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 
 from gn_linear import _tree
-from gn_linear._batch import MISSING, check_update_arguments, with_holes_filled
+from gn_linear._batch import MISSING, checked_params, with_holes_filled
 from gn_linear._linearise import linearise
 from gn_linear._typing import Count, Flag, Params, Predict, Scalar
 from gn_linear.curvature import check_l2, fit_l2, l2_times
@@ -108,10 +109,20 @@ def iterative_linearisation(
         raise TypeError(f"predict must be a function predict(params, inputs), but is {predict!r}.")
     _check_period(period)
     check_l2(l2)
-    # A cost-only distinction: a period known to be 1 needs no anchor but the parameters, and no second branch.
-    always_fresh = isinstance(period, int) and period == 1
+    transform = _IterativeLinearisation(predict, objective, period, l2)
+    return optax.GradientTransformationExtraArgs(transform.init, transform.update)
 
-    def init(params: Params) -> IterativeLinearisationState:
+
+@dataclasses.dataclass(frozen=True)
+class _IterativeLinearisation:
+    """The two functions of the transform, and what they share."""
+
+    predict: Predict
+    loss: Loss
+    period: Any
+    l2: Any
+
+    def init(self, params: Params) -> IterativeLinearisationState:
         _tree.check_float_leaves(params, "params")
         zero = jnp.zeros([], jnp.int32)
         error = jnp.full([], jnp.nan, _tree.scalar_dtype(params))
@@ -119,9 +130,10 @@ def iterative_linearisation(
         return IterativeLinearisationState(zero, anchor, LinearisationInfo(zero, zero, error))
 
     def update(
+        self,
         updates: Params,
-        state: IterativeLinearisationState,
-        params: Params | None = None,
+        state: Any,
+        params: Any = None,
         *,
         inputs: Any = MISSING,
         targets: Any = None,
@@ -129,18 +141,18 @@ def iterative_linearisation(
         **ignored: Any,
     ) -> tuple[Params, IterativeLinearisationState]:
         del ignored
-        check_update_arguments("iterative_linearisation", updates, params, inputs)
+        params = checked_params("iterative_linearisation", updates, params, inputs)
         _tree.check_same_shapes(state.anchor, params, "the anchor in state", "params")
-        model = with_holes_filled(predict, params, full_params)
+        model = with_holes_filled(self.predict, params, full_params)
 
         def fresh() -> Params:
             plain = linearise(model, params, inputs)
-            return plain.vjp(objective.gradient(plain.outputs, targets))
+            return plain.vjp(self.loss.gradient(plain.outputs, targets))
 
         def moved() -> Params:
             old = linearise(model, state.anchor, inputs)
             outputs = jax.tree.map(jnp.add, old.outputs, old.jvp(_difference(params, state.anchor)))
-            return old.vjp(objective.gradient(outputs, targets))
+            return old.vjp(self.loss.gradient(outputs, targets))
 
         def measured() -> Scalar:
             return _linearisation_error(model, params, state.anchor, inputs).astype(
@@ -148,18 +160,17 @@ def iterative_linearisation(
             )
 
         info = state.info
-        if always_fresh:
+        # A cost-only distinction: a period known to be 1 needs no anchor but the parameters, and no second branch.
+        if isinstance(self.period, int) and self.period == 1:
             relinearise, gradient, anchor, error = True, fresh(), params, info.linearisation_error
         else:
-            relinearise = (state.count == 0) | (info.age + 1 >= period)
+            relinearise = (state.count == 0) | (info.age + 1 >= self.period)
             gradient = jax.lax.cond(relinearise, fresh, moved)
             anchor = jax.tree.map(lambda p, a: jnp.where(relinearise, p, a), params, state.anchor)
             error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
-        return _with_penalty(gradient, fit_l2(l2, params), params), IterativeLinearisationState(
-            optax.safe_increment(state.count), anchor, _progress(info, relinearise, error)
+        return _with_penalty(gradient, fit_l2(self.l2, params), params), IterativeLinearisationState(
+            jnp.asarray(optax.safe_increment(state.count)), anchor, _progress(info, relinearise, error)
         )
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_period(period: Any) -> None:

@@ -51,8 +51,9 @@ def check_number(value: Any, argument: str, *, positive: bool = False) -> None:
     kind = "a positive finite number" if positive else "a finite number that is not negative"
     if isinstance(value, (bool, str)) or value is None or (not np.isscalar(value) and np.shape(value) != ()):
         raise TypeError(f"{argument} must be {kind}, but is {value!r} (a {type(value).__name__}).")
+    scalar: Any = value
     try:
-        number = float(value)
+        number = float(scalar)
     except jax.errors.ConcretizationTypeError:
         return
     if not math.isfinite(number) or number < 0 or (positive and number == 0):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from gn_linear._typing import Count, Flag, Number, Scalar, check_number
 
+__all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Policy", "Schedule"]
+
 
 class DampingState(NamedTuple):
     """What a policy remembers.

@@ -16,225 +16,38 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from gn_linear import _tree
+from gn_linear._loss import (
+    Loss,
+    OutputHessian,
+    Products,
+    block_roots,
+    blockwise,
+    check_structure,
+    widen,
+)
 from gn_linear._typing import Number, Outputs, Scalar, Targets, check_number
 
-_loss = jax.tree_util.register_dataclass
+__all__ = [
+    "FromConvex",
+    "Huber",
+    "Poisson",
+    "SigmoidBinaryCrossEntropy",
+    "SoftmaxCrossEntropy",
+    "SquaredError",
+    "Weighted",
+    "from_convex",
+    "huber",
+    "poisson",
+    "sigmoid_binary_cross_entropy",
+    "softmax_cross_entropy",
+    "squared_error",
+    "weighted",
+]
 
 
-def _widen(x: Any) -> jax.Array:
-    return jnp.asarray(x).astype(_tree.at_least_float32(jnp.result_type(x)))
-
-
-def _examples(outputs: jax.Array) -> int:
-    return max(np.shape(outputs)[0], 1)
-
-
-class Loss:
-    """A convex loss in output space.
-
-    Calling it gives the value, a scalar of at least float32. The other methods take the same arguments and return
-    arrays shaped like the outputs. A loss that treats its outputs leaf by leaf defines ``_values``, ``_gradients`` and
-    ``_hessian`` on one array of shape (n, ...), unscaled; the mean over examples is taken here.
-    """
-
-    needs_targets: ClassVar[bool] = True
-
-    def __call__(self, outputs: Outputs, targets: Targets = None) -> Scalar:
-        """The value: mean over examples, sum over outputs, sum over leaves.
-
-        Args:
-            outputs: an array of shape (n, ...), or a pytree of such arrays whose n may differ.
-            targets: what to compare them with, as the class says.
-
-        Returns:
-            A scalar of at least float32.
-
-        Raises:
-            ValueError: outputs and targets do not fit; both shapes are given.
-        """
-        return _value(self, outputs, self._matched(outputs, targets))
-
-    def gradient(self, outputs: Outputs, targets: Targets = None) -> Outputs:
-        """The gradient with respect to the outputs, like the outputs in structure, shape and dtype.
-
-        Args:
-            outputs: as in the call.
-            targets: as in the call.
-
-        Returns:
-            The gradient, 1/n inside.
-        """
-        return self._gradient(outputs, self._matched(outputs, targets))
-
-    def hessian(self, outputs: Outputs, targets: Targets = None) -> "OutputHessian":
-        """The Hessian with respect to the outputs as an operator, what it needs computed once.
-
-        Args:
-            outputs: as in the call.
-            targets: as in the call.
-
-        Returns:
-            Its product, and the products with a square root of it and with the transpose of that.
-        """
-        return self._operator(outputs, self._matched(outputs, targets))
-
-    def hessian_product(self, outputs: Outputs, targets: Targets, vector: Outputs) -> Outputs:
-        """``H v`` for one vector; ``hessian`` serves many.
-
-        Args:
-            outputs: as in the call.
-            targets: as in the call.
-            vector: a pytree like the outputs.
-
-        Returns:
-            The product, like ``vector``.
-        """
-        return self.hessian(outputs, targets).product(vector)
-
-    def _matched(self, outputs: Outputs, targets: Targets) -> Targets:
-        """The targets as a pytree that has one entry for each output leaf, after checking the shapes."""
-        if targets is None:
-            if self.needs_targets:
-                raise ValueError(
-                    f"targets is None, but {type(self).__name__} compares the outputs with targets; pass targets=. "
-                    "Only squared_error and huber take None, which means zeros."
-                )
-            return jax.tree.map(jnp.zeros_like, outputs)
-        _check_structure(outputs, targets)
-        for (path, out), target in zip(
-            jax.tree_util.tree_leaves_with_path(outputs), jax.tree.leaves(targets), strict=True
-        ):
-            self._check_leaf(_tree.leaf_name(path), out, target)
-        return targets
-
-    def _check_leaf(self, name: str, outputs: jax.Array, targets: jax.Array) -> None:
-        if np.shape(outputs) != np.shape(targets):
-            raise ValueError(_shape_message(self, name, outputs, targets))
-
-    def _value(self, outputs: Outputs, targets: Targets) -> Scalar:
-        def leaf(out: jax.Array, target: jax.Array) -> jax.Array:
-            return jnp.sum(self._values(_widen(out), target)) / _examples(out)
-
-        return _tree.map_scalars(leaf, outputs, targets)
-
-    def _gradient(self, outputs: Outputs, targets: Targets) -> Outputs:
-        def leaf(out: jax.Array, target: jax.Array) -> jax.Array:
-            return (self._gradients(_widen(out), target) / _examples(out)).astype(out.dtype)
-
-        return jax.tree.map(leaf, outputs, targets)
-
-    def _operator(self, outputs: Outputs, targets: Targets) -> "OutputHessian":
-        leaves, structure = jax.tree.flatten(outputs)
-        parts = [
-            self._hessian(_widen(out), target)
-            for out, target in zip(leaves, structure.flatten_up_to(targets), strict=True)
-        ]
-
-        def mapped(which: int, root: bool) -> Callable[[Outputs], Outputs]:
-            def apply(vector: Outputs) -> Outputs:
-                results = [
-                    (part[which](_widen(v)) * _mean_factor(out, root)).astype(v.dtype)
-                    for part, out, v in zip(parts, leaves, structure.flatten_up_to(vector), strict=True)
-                ]
-                return jax.tree.unflatten(structure, results)
-
-            return apply
-
-        return OutputHessian(mapped(0, False), mapped(1, True), mapped(2, True))
-
-    def _values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """The loss of each output or of each example; summed by the caller."""
-        raise NotImplementedError
-
-    def _gradients(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """The gradient of the sum of ``_values``."""
-        raise NotImplementedError
-
-    def _hessian(self, outputs: jax.Array, targets: jax.Array) -> "_Products":
-        """The products H v, B v and B^T v with the Hessian of the sum of ``_values``."""
-        raise NotImplementedError
-
-
-def _mean_factor(outputs: jax.Array, root: bool) -> float:
-    return 1.0 / (_examples(outputs) ** 0.5 if root else _examples(outputs))
-
-
-_Product = Callable[[Any], Any]
-_Products = tuple[_Product, _Product, _Product]
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputHessian:
-    """The Hessian ``H = B B^T`` of a loss in output space.
-
-    Attributes:
-        product: ``v -> H v``.
-        root: ``v -> B v``, ``v`` shaped like the outputs.
-        root_transpose: ``v -> B^T v``.
-    """
-
-    product: Callable[[Outputs], Outputs]
-    root: Callable[[Outputs], Outputs]
-    root_transpose: Callable[[Outputs], Outputs]
-
-
-@jax.custom_jvp
-def _value(loss: Loss, outputs: Outputs, targets: Targets) -> Scalar:
-    """The value of a loss, whose derivative by the outputs is the closed form."""
-    return loss._value(outputs, targets)
-
-
-def _value_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Scalar, Scalar]:
-    loss, outputs, targets = primals
-    is_zero = _is_symbolic_zero
-    value = loss._value(outputs, targets)
-    slope = jnp.zeros_like(value)
-    if not all(map(is_zero, jax.tree.leaves((tangents[0], tangents[2]), is_leaf=is_zero))):
-        dense = jax.tree.map(_dense_tangent, (tangents[0], tangents[2]), (loss, targets), is_leaf=is_zero)
-        slope += jax.jvp(lambda a, c: a._value(outputs, c), (loss, targets), dense)[1]
-    gradient = loss._gradient(outputs, targets)
-    for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangents[1], is_leaf=is_zero), strict=True):
-        if not is_zero(d):
-            slope += jnp.sum(_widen(g) * _widen(d)).astype(value.dtype)
-    return value, slope
-
-
-def _is_symbolic_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
-def _dense_tangent(tangent: Any, primal: Any) -> Any:
-    if not _is_symbolic_zero(tangent):
-        return tangent
-    return np.zeros(tangent.shape, tangent.dtype)
-
-
-_value.defjvp(_value_jvp, symbolic_zeros=True)
-
-
-def _check_structure(outputs: Outputs, targets: Targets) -> None:
-    got, expected = jax.tree.structure(targets), jax.tree.structure(outputs)
-    if got != expected:
-        raise ValueError(
-            "targets must have the tree structure of the outputs of predict; targets have "
-            f"{got} and the outputs have {expected}."
-        )
-
-
-def _shape_message(loss: Loss, name: str, outputs: jax.Array, targets: jax.Array) -> str:
-    hint = "Reshape one of them; nothing is broadcast."
-    if np.size(outputs) == np.size(targets):
-        hint = f"Use targets.reshape({np.shape(outputs)}), or drop the axis in predict; nothing is broadcast."
-    return (
-        f"targets: leaf {name} has shape {np.shape(targets)}, but the outputs of predict have shape "
-        f"{np.shape(outputs)} there; {type(loss).__name__} needs the same shape. {hint}"
-    )
-
-
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SquaredError(Loss):
     r"""Half the squared error, :math:`\frac{1}{2n} \sum_i \|f_i - y_i\|^2`.
@@ -251,17 +64,17 @@ class SquaredError(Loss):
 
     needs_targets: ClassVar[bool] = False
 
-    def _values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _values(self, outputs: jax.Array, targets: Any) -> jax.Array:
         return 0.5 * jnp.square(outputs - targets.astype(outputs.dtype))
 
-    def _gradients(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _gradients(self, outputs: jax.Array, targets: Any) -> jax.Array:
         return outputs - targets.astype(outputs.dtype)
 
-    def _hessian(self, outputs: jax.Array, targets: jax.Array) -> _Products:
+    def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         return _diagonal_products(jnp.ones([], outputs.dtype))
 
 
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftmaxCrossEntropy(Loss):
     r"""Cross-entropy of the softmax over the last axis, :math:`-\frac{1}{n} \sum_i \sum_k y_{ik} \log p_{ik}`.
@@ -279,7 +92,7 @@ class SoftmaxCrossEntropy(Loss):
         1.3863
     """
 
-    def _check_leaf(self, name: str, outputs: jax.Array, targets: jax.Array) -> None:
+    def _check_leaf(self, name: str, outputs: Any, targets: Any) -> None:
         integer = jnp.issubdtype(jnp.result_type(targets), jnp.integer)
         if integer and np.shape(targets) == np.shape(outputs)[:-1]:
             return
@@ -290,7 +103,7 @@ class SoftmaxCrossEntropy(Loss):
                 f"of shape {np.shape(outputs)[:-1]}, or one-hot targets of shape {np.shape(outputs)}."
             )
 
-    def _weights(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _weights(self, outputs: jax.Array, targets: Any) -> jax.Array:
         if np.shape(targets) == np.shape(outputs):
             return targets.astype(outputs.dtype)
         classes = np.shape(outputs)[-1]
@@ -298,17 +111,17 @@ class SoftmaxCrossEntropy(Loss):
         valid = (targets >= 0) & (targets < classes)
         return jnp.where(valid[..., None], one_hot, jnp.full_like(one_hot, jnp.nan))
 
-    def _values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _values(self, outputs: jax.Array, targets: Any) -> jax.Array:
         weights = self._weights(outputs, targets)
         # A weight of zero silences its class also at a log-probability of -inf (a logit of -inf masks a class).
         terms = weights * jax.nn.log_softmax(outputs)
         return -jnp.sum(jnp.where(weights == 0, jnp.zeros_like(terms), terms), axis=-1)
 
-    def _gradients(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _gradients(self, outputs: jax.Array, targets: Any) -> jax.Array:
         weights = self._weights(outputs, targets)
         return jax.nn.softmax(outputs) * jnp.sum(weights, -1, keepdims=True) - weights
 
-    def _hessian(self, outputs: jax.Array, targets: jax.Array) -> _Products:
+    def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         p = jax.nn.softmax(outputs)
         s = jnp.sum(self._weights(outputs, targets), -1, keepdims=True)
         root_p, root_s = jnp.sqrt(p), jnp.sqrt(s)
@@ -326,7 +139,7 @@ class SoftmaxCrossEntropy(Loss):
         return product, root, root_transpose
 
 
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SigmoidBinaryCrossEntropy(Loss):
     r"""Binary cross-entropy of the logistic sigmoid, :math:`\frac{1}{n} \sum [\log(1 + e^f) - y f]`.
@@ -341,20 +154,20 @@ class SigmoidBinaryCrossEntropy(Loss):
         0.6931
     """
 
-    def _values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _values(self, outputs: jax.Array, targets: Any) -> jax.Array:
         y = targets.astype(outputs.dtype)
         return -y * jax.nn.log_sigmoid(outputs) - (1 - y) * jax.nn.log_sigmoid(-outputs)
 
-    def _gradients(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _gradients(self, outputs: jax.Array, targets: Any) -> jax.Array:
         # y in two terms keeps the small gradient of a saturated, correct output: 1 - p is sigmoid(-f).
         y = targets.astype(outputs.dtype)
         return (1 - y) * jax.nn.sigmoid(outputs) - y * jax.nn.sigmoid(-outputs)
 
-    def _hessian(self, outputs: jax.Array, targets: jax.Array) -> _Products:
+    def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         return _diagonal_products(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
 
 
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Poisson(Loss):
     r"""Poisson negative log-likelihood of log-rates, :math:`\frac{1}{n} \sum [e^f - y f]`, without :math:`\log y!`.
@@ -369,17 +182,17 @@ class Poisson(Loss):
         1.0
     """
 
-    def _values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _values(self, outputs: jax.Array, targets: Any) -> jax.Array:
         return jnp.exp(outputs) - targets.astype(outputs.dtype) * outputs
 
-    def _gradients(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _gradients(self, outputs: jax.Array, targets: Any) -> jax.Array:
         return jnp.exp(outputs) - targets.astype(outputs.dtype)
 
-    def _hessian(self, outputs: jax.Array, targets: jax.Array) -> _Products:
+    def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         return _diagonal_products(jnp.exp(outputs))
 
 
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Huber(Loss):
     r"""Huber's loss: :math:`\frac12 r^2` for :math:`|r| \le \delta`, :math:`\delta (|r| - \frac12 \delta)` beyond.
@@ -395,23 +208,23 @@ class Huber(Loss):
     delta: Number = 1.0
     needs_targets: ClassVar[bool] = False
 
-    def _values(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _values(self, outputs: jax.Array, targets: Any) -> jax.Array:
         delta = jnp.asarray(self.delta, outputs.dtype)
         size = jnp.abs(outputs - targets.astype(outputs.dtype))
         inside = jnp.minimum(size, delta)
         return 0.5 * jnp.square(inside) + delta * (size - inside)
 
-    def _gradients(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def _gradients(self, outputs: jax.Array, targets: Any) -> jax.Array:
         delta = jnp.asarray(self.delta, outputs.dtype)
         return jnp.clip(outputs - targets.astype(outputs.dtype), -delta, delta)
 
-    def _hessian(self, outputs: jax.Array, targets: jax.Array) -> _Products:
+    def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         delta = jnp.asarray(self.delta, outputs.dtype)
         inside = jnp.abs(outputs - targets.astype(outputs.dtype)) <= delta
         return _diagonal_products(inside.astype(outputs.dtype))
 
 
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weighted(Loss):
     r"""A loss with a weight for each example, :math:`\frac{1}{n} \sum_i w_i \ell(f_i, y_i)`.
@@ -433,7 +246,7 @@ class Weighted(Loss):
             )
         inner, weights = targets
         inner = self.loss._matched(outputs, inner)
-        _check_structure(outputs, weights)
+        check_structure(outputs, weights)
         for (path, out), weight in zip(
             jax.tree_util.tree_leaves_with_path(outputs), jax.tree.leaves(weights), strict=True
         ):
@@ -451,7 +264,7 @@ class Weighted(Loss):
     def _gradients(self, outputs: jax.Array, targets: "_WeightedTargets") -> jax.Array:
         return _per_example(targets.weights, outputs) * self.loss._gradients(outputs, targets.targets)
 
-    def _hessian(self, outputs: jax.Array, targets: "_WeightedTargets") -> _Products:
+    def _hessian(self, outputs: jax.Array, targets: "_WeightedTargets") -> Products:
         product, root, root_transpose = self.loss._hessian(outputs, targets.targets)
         weight = _per_example(targets.weights, outputs)
         half = jnp.sqrt(weight)
@@ -462,7 +275,7 @@ class Weighted(Loss):
         )
 
 
-@_loss
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _WeightedTargets:
     targets: Any
@@ -473,7 +286,7 @@ def _per_example(weights: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.reshape(weights, np.shape(weights) + (1,) * (np.ndim(like) - 1)).astype(like.dtype)
 
 
-def _diagonal_products(diagonal: jax.Array) -> _Products:
+def _diagonal_products(diagonal: jax.Array) -> Products:
     root = jnp.sqrt(diagonal)
     return lambda v: diagonal * v, lambda v: root * v, lambda v: root * v
 
@@ -519,7 +332,7 @@ class FromConvex(Loss):
                 f"for outputs of shape {[np.shape(leaf) for leaf in jax.tree.leaves(outputs)]}; it must return a float "
                 "scalar, or one float per example. Check whether outputs and targets were broadcast against each other."
             )
-        return jnp.mean(_widen(value))
+        return jnp.mean(widen(value))
 
     def _gradient(self, outputs: Outputs, targets: Targets) -> Outputs:
         return jax.grad(self._value)(outputs, targets)
@@ -528,41 +341,22 @@ class FromConvex(Loss):
         _, product = jax.linearize(lambda out: self._gradient(out, targets), outputs)
 
         def root(vector: Outputs) -> Outputs:
-            return _blockwise(_block_roots(product, outputs), vector)
+            return blockwise(block_roots(product, outputs), vector)
 
         def root_transpose(vector: Outputs) -> Outputs:
-            return _blockwise(jnp.swapaxes(_block_roots(product, outputs), 1, 2), vector)
+            return blockwise(jnp.swapaxes(block_roots(product, outputs), 1, 2), vector)
 
         return OutputHessian(product, root, root_transpose)
 
 
-def _block_roots(product: _Product, outputs: Outputs) -> jax.Array:
-    """Square roots (n, c, c) of the Hessian's blocks, one for each example, from c products."""
-    if not isinstance(outputs, jax.Array):
-        raise NotImplementedError(
-            "loss: the Hessian square root of a plain callable is offered for a single output array; the outputs are "
-            f"{jax.tree.structure(outputs)}. Use a loss of gnl.losses, or concatenate the outputs."
-        )
-    n, columns = outputs.shape[0], outputs.size // max(outputs.shape[0], 1)
-
-    def column(unit: jax.Array) -> jax.Array:
-        rows = jnp.broadcast_to(unit, (n, columns)).reshape(outputs.shape).astype(outputs.dtype)
-        return _widen(product(rows)).reshape(n, columns)
-
-    blocks = jnp.stack([column(unit) for unit in jnp.eye(columns)], axis=-1)
-    values, vectors = jnp.linalg.eigh(blocks)
-    return vectors * jnp.sqrt(jnp.maximum(values, jnp.zeros_like(values)))[:, None, :]
-
-
-def _blockwise(blocks: jax.Array, vector: jax.Array) -> jax.Array:
-    rows = _widen(vector).reshape(blocks.shape[0], -1)
-    return jnp.einsum("nij,nj->ni", blocks, rows).reshape(vector.shape).astype(vector.dtype)
-
-
 squared_error = SquaredError()
+"""Half the squared error, mean over examples: see ``SquaredError``."""
 softmax_cross_entropy = SoftmaxCrossEntropy()
+"""Cross-entropy of the softmax, integer labels or one-hot: see ``SoftmaxCrossEntropy``."""
 sigmoid_binary_cross_entropy = SigmoidBinaryCrossEntropy()
+"""Binary cross-entropy of the logistic sigmoid: see ``SigmoidBinaryCrossEntropy``."""
 poisson = Poisson()
+"""Poisson negative log-likelihood of log-rates: see ``Poisson``."""
 
 
 def huber(delta: Number = 1.0) -> Huber:

@@ -11,9 +11,11 @@ from gn_linear import _tree
 from gn_linear._typing import Count, Number, Params, Scalar, check_number
 from gn_linear.curvature import LinearisedProblem
 
+__all__ = ["Jacobi", "JacobiState", "Preconditioner"]
+
 
 class Preconditioner:
-    """Interface: ``init(params)``, ``refresh(problem, state)`` once a step, ``inverse(state, damping)`` for each solve."""
+    """Interface: ``init`` once, ``refresh`` once a step, ``inverse`` for each solve."""
 
     def init(self, params: Params) -> object:
         """The state before the first step, a pytree of arrays."""

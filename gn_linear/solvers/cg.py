@@ -69,7 +69,8 @@ class CG(Solver):
     kept, and one more in the state with a warm start.
 
     Attributes:
-        max_steps: the cap on inner steps; static.
+        max_steps: the cap on inner steps; static. The default suits minibatches, where a longer solve fits one batch
+            at the expense of the others; full-batch fits want 20 to 100.
         rtol: of the residual, relative to that of the step zero; in [0, 1).
         preconditioner: one of ``gn_linear.preconditioners``, or None.
         warm_start: the factor by which the previous solution is multiplied to start from (Martens: 0.95), which costs
@@ -85,7 +86,7 @@ class CG(Solver):
         learning via Hessian-free optimization, sections 4.4 to 4.8.
     """
 
-    max_steps: int = dataclasses.field(default=20, metadata={"static": True})
+    max_steps: int = dataclasses.field(default=5, metadata={"static": True})
     rtol: Number = 1e-2
     preconditioner: Preconditioner | None = None
     warm_start: Number | None = None

@@ -160,14 +160,11 @@ class _IterativeLinearisation:
             )
 
         info = state.info
-        # A cost-only distinction: a period known to be 1 needs no anchor but the parameters, and no second branch.
-        if isinstance(self.period, int) and self.period == 1:
-            relinearise, gradient, anchor, error = True, fresh(), params, info.linearisation_error
-        else:
-            relinearise = (state.count == 0) | (info.age + 1 >= self.period)
-            gradient = jax.lax.cond(relinearise, fresh, moved)
-            anchor = jax.tree.map(lambda p, a: jnp.where(relinearise, p, a), params, state.anchor)
-            error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
+        # A branch, not a select: only one of the two gradients is computed, so period 1 costs a plain gradient.
+        relinearise = (state.count == 0) | (info.age + 1 >= self.period)
+        gradient = jax.lax.cond(relinearise, fresh, moved)
+        anchor = jax.tree.map(lambda p, a: jnp.where(relinearise, p, a), params, state.anchor)
+        error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
         return _with_penalty(gradient, fit_l2(self.l2, params), params), IterativeLinearisationState(
             jnp.asarray(optax.safe_increment(state.count)), anchor, _progress(info, relinearise, error)
         )
@@ -195,8 +192,8 @@ def _with_penalty(gradient: Params, l2: Any, params: Params) -> Params:
     return _tree.add(gradient, _tree.cast_like(l2_times(l2, _tree.to_solve(params)), gradient))
 
 
-def _progress(info: LinearisationInfo, relinearise: Flag | bool, error: Scalar) -> LinearisationInfo:
-    happened = jnp.asarray(relinearise).astype(info.age.dtype)
+def _progress(info: LinearisationInfo, relinearise: Flag, error: Scalar) -> LinearisationInfo:
+    happened = relinearise.astype(info.age.dtype)
     return LinearisationInfo(info.feature_updates + happened, (info.age + 1) * (1 - happened), error)
 
 

@@ -17,7 +17,7 @@ def widen(x: Any) -> jax.Array:
     return jnp.asarray(x).astype(_tree.at_least_float32(jnp.result_type(x)))
 
 
-def examples(outputs: jax.Array) -> int:
+def examples(outputs: Any) -> int:
     return max(np.shape(outputs)[0], 1)
 
 
@@ -104,13 +104,13 @@ class Loss:
             raise ValueError(_shape_message(self, name, outputs, targets))
 
     def _value(self, outputs: Outputs, targets: Targets) -> Scalar:
-        def leaf(out: jax.Array, target: Any) -> jax.Array:
+        def leaf(out: Any, target: Any) -> jax.Array:
             return jnp.sum(self._values(widen(out), target)) / examples(out)
 
         return _tree.map_scalars(leaf, outputs, targets)
 
     def _gradient(self, outputs: Outputs, targets: Targets) -> Outputs:
-        def leaf(out: jax.Array, target: Any) -> jax.Array:
+        def leaf(out: Any, target: Any) -> jax.Array:
             return (self._gradients(widen(out), target) / examples(out)).astype(out.dtype)
 
         return jax.tree.map(leaf, outputs, targets)
@@ -147,7 +147,7 @@ class Loss:
         raise NotImplementedError
 
 
-def _mean_factor(outputs: jax.Array, root: bool) -> float:
+def _mean_factor(outputs: Any, root: bool) -> float:
     return 1.0 / (examples(outputs) ** 0.5 if root else examples(outputs))
 
 

@@ -282,7 +282,7 @@ class _WeightedTargets:
     weights: Any
 
 
-def _per_example(weights: jax.Array, like: jax.Array) -> jax.Array:
+def _per_example(weights: Any, like: jax.Array) -> jax.Array:
     return jnp.reshape(weights, np.shape(weights) + (1,) * (np.ndim(like) - 1)).astype(like.dtype)
 
 

@@ -1,0 +1,107 @@
+"""Command line of the benchmarks: `python -m benchmarks list | run NAME`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from benchmarks import record, suites
+from benchmarks.settings import Settings
+
+DEFAULT_SEEDS = 3
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Args:
+        arguments: the words after `python -m benchmarks`; None reads them from the process.
+
+    Returns:
+        The parsed arguments.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of gn_linear.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="name the suites")
+    run = commands.add_parser("run", help="run one suite")
+    run.add_argument("name", metavar="NAME", help="a suite that `list` names")
+    run.add_argument("--quick", action="store_true", help="few steps and one seed: a smoke test, not a measurement")
+    run.add_argument("--seeds", type=positive, metavar="N", help=f"number of seeds (default {DEFAULT_SEEDS}, quick 1)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder of the record and figure (default results/NAME)")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """Reads a whole number of at least 1.
+
+    Args:
+        text: the word on the command line.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is anything else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def list_suites() -> None:
+    """Prints one line for each suite: its name and what it measures."""
+    width = max(map(len, suites.names()))
+    for name in suites.names():
+        print(f"{name:<{width}}  {suites.description(name)}")
+
+
+def run_suite(name: str, settings: Settings) -> None:
+    """Runs a suite, prints its table and writes its record and figure.
+
+    Args:
+        name: the suite's name.
+        settings: how long to run, on how many seeds, and where to write.
+
+    Raises:
+        KeyError: if there is no such suite.
+    """
+    suite = suites.load(name)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    record_path = settings.out / f"{name}.json"
+    figure_path = settings.out / f"{name}.png"
+    with jax.enable_x64(suite.X64):
+        results = record.plain(suite.run(settings))
+        record.write(record.make(name, settings, results), record_path)
+    suite.figure(results).savefig(figure_path, dpi=150)
+    print(suite.table(results))
+    print(f"\nRecord: {record_path}\nFigure: {figure_path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: the words after `python -m benchmarks`; None reads them from the process.
+
+    Returns:
+        The exit status: 0, or 2 for a suite that does not exist.
+    """
+    parsed = parse(arguments)
+    if parsed.command == "list":
+        list_suites()
+        return 0
+    seeds = parsed.seeds or (1 if parsed.quick else DEFAULT_SEEDS)
+    out = parsed.out or Path("results") / parsed.name
+    try:
+        suites.check(parsed.name)
+    except KeyError as error:
+        print(f"python -m benchmarks: {error.args[0]}", file=sys.stderr)
+        return 2
+    run_suite(parsed.name, Settings(quick=parsed.quick, seeds=seeds, out=out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The benchmarks' frame, and one suite from the command line to its record."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command_line
+from benchmarks import data, figures, reach, record, suites, tables, timing
+from benchmarks.settings import Settings
+
+
+def test_list_names_each_suite_with_its_line(capsys):
+    assert command_line.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == suites.names()
+    assert {"demo", "regression"} <= set(suites.names())
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_unknown_suite_is_an_error_that_names_the_suites(capsys, tmp_path):
+    assert command_line.main(["run", "demmo", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "'demmo'" in message
+    assert all(name in message for name in suites.names())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "two"])
+def test_seeds_must_be_a_positive_number(seeds, capsys):
+    with pytest.raises(SystemExit):
+        command_line.parse(["run", "demo", "--seeds", seeds])
+    assert "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_each_suite_has_the_interface(name):
+    suite = suites.load(name)
+    assert isinstance(suite.X64, bool)
+    assert all(callable(getattr(suite, function)) for function in ("run", "table", "figure"))
+
+
+def test_quick_demo_writes_record_table_and_figure(capsys, tmp_path):
+    assert command_line.main(["run", "demo", "--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Gauss-Newton" in printed
+    assert "f_lin" in printed
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert written["machine"]["x64"] is False
+    assert written["arguments"] == {"quick": True, "seeds": 1}
+    runs = written["results"]["runs"]
+    assert {(row["method"].split()[0], row["evaluator"]) for row in runs} == {
+        ("Gauss-Newton", "f"),
+        ("Adam", "f"),
+        ("linearised", "f"),
+        ("linearised", "f_lin"),
+    }
+    starts = {row["train_loss"] for row in written["results"]["curve"] if row["step"] == 0 and row["evaluator"] == "f"}
+    assert len(starts) == 1  # every method starts from the same parameters
+    assert all(row["train_loss"] < min(starts) and row["seconds"] > 0 for row in runs)
+
+
+def test_record_has_all_parts_and_is_strict_json(tmp_path):
+    rows = record.plain({"runs": [{"loss": float("nan"), "steps": np.int64(3), "curve": np.array([1.0, math.inf])}]})
+    made = record.make("demo", Settings(quick=False, seeds=2, out=tmp_path), rows)
+    record.write(made, tmp_path / "demo.json")
+    read = json.loads((tmp_path / "demo.json").read_text(), parse_constant=pytest.fail)
+    assert read == made
+    assert set(read) == {"schema", "suite", "arguments", "date", "machine", "versions", "commit", "results"}
+    assert {"cpu", "cores", "memory_gib", "platform", "device", "x64"} == set(read["machine"])
+    assert {"python", "jax", "jaxlib", "optax", "numpy"} <= set(read["versions"])
+    assert set(read["commit"]) == {"hash", "dirty"}
+    assert read["results"]["runs"] == [{"loss": None, "steps": 3, "curve": [1.0, None]}]
+
+
+def test_mnist_split_is_deterministic_disjoint_and_scaled():
+    split, again = data.mnist(), data.mnist()
+    assert all(np.array_equal(first, second) for first, second in zip(split, again, strict=True))
+    assert split.train_inputs.shape == (4000, 784)
+    assert split.test_inputs.shape == (1000, 784)
+    assert split.train_inputs.dtype == np.float32
+    assert split.train_inputs.min() == 0
+    assert split.train_inputs.max() == 1
+    assert set(split.train_targets) == set(split.test_targets) == set(range(10))
+    train, test = ({row.tobytes() for row in part} for part in (split.train_inputs, split.test_inputs))
+    assert not train & test
+
+
+def test_batch_order_is_seeded_and_uses_each_example_once_per_epoch():
+    order = data.batch_order(examples=10, batch_size=3, steps=7, seed=0)
+    assert order.shape == (7, 3)
+    assert np.array_equal(order, data.batch_order(10, 3, 7, 0))
+    assert not np.array_equal(order, data.batch_order(10, 3, 7, 1))
+    for epoch in (order[:3], order[3:6]):
+        assert len(set(epoch.ravel())) == 9
+
+
+def test_race_interleaves_runners_and_rotates_who_begins():
+    taken = []
+
+    def step(state, index):
+        taken.append((state, index))
+        return state, index
+
+    runners = [timing.Runner(name, step, name) for name in "abc"]
+    progress = []
+    visits = [
+        (runner.name, steps) for runner, steps in timing.race(runners, steps=5, chunk=2, progress=progress.append)
+    ]
+    assert visits == [(n, 0) for n in "abc"] + [(n, 2) for n in "abc"] + [(n, 4) for n in "bca"] + [
+        (n, 5) for n in "cab"
+    ]
+    assert taken[:4] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert sum(progress) == 15
+    assert all(runner.measured == [0, 1, 2, 3, 4] and runner.seconds > 0 for runner in runners)
+
+
+def test_clock_stands_still_between_turns():
+    runner = timing.Runner("only", lambda state, index: (state, None), 0)
+    readings = []
+    for _ in timing.race([runner], steps=2, chunk=1):
+        before = runner.seconds
+        sum(range(100_000))
+        readings.append(runner.seconds - before)
+    assert readings == [0, 0, 0]
+
+
+def test_means_medians_and_what_was_not_reached():
+    assert tables.mean_spread([1.0, 3.0], ".1f") == "2.0 ± 1.4"
+    assert tables.median_range([3.0, 1.0, 2.0], ".0f") == "2 (1 to 3)"
+    assert tables.mean_spread([1.0, None], ".1f") == "not finite"
+    assert reach.first([{"loss": 2.0}, {"loss": math.nan}, {"loss": 0.5}], "loss", 1.0) == {"loss": 0.5}
+    assert reach.describe([None, None]) == "not reached"
+    assert reach.describe([1.0, None]) == "1.000, 1 of 2 seeds"
+    assert reach.median_ratio([2.0, None, 9.0], [1.0, 1.0, None]) == 2.0
+    assert reach.median_ratio([None], [1.0]) is None
+
+
+def test_curves_leave_out_what_is_not_finite():
+    rows = [
+        {"method": "a", "seed": seed, "step": step, "loss": None if step == 2 else 1.0}
+        for seed in range(2)
+        for step in range(3)
+    ]
+    drawing, (panel,) = figures.panels(1, "title")
+    figures.draw_curves(panel, rows, "step", "loss")
+    figures.shared_legend(drawing, panel)
+    assert [len(line.get_xdata()) for line in panel.get_lines()] == [2, 2, 2]
+
+
+def test_regression_table_says_when_a_peer_is_faster():
+    suite = suites.load("regression")
+
+    def row(method, seconds):
+        columns = {suite.seconds_to(target): seconds for target in suite.TARGETS}
+        return {"method": method, "seed": 0, "step": 5, "seconds": 1.0, "loss": 1e-3, "compile_seconds": 1.0} | columns
+
+    printed = suite.table({"runs": [row(suite.OURS, 0.2), row("peer", 0.1), row("slow", None)]})
+    assert "Fastest to 0.0001: peer." in printed
+    assert "0.50" in printed
+    assert "not reached" in printed

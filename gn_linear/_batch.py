@@ -41,7 +41,7 @@ def checked_params(transform: str, updates: Params, params: Params | None, input
     if inputs is MISSING:
         raise TypeError(
             f"inputs is missing: {transform} linearises the model on the batch; call {call}. If you do, a wrapper in "
-            "between drops the extra arguments; wrap what it holds in optax.with_extra_args_support."
+            "between drops the extra arguments; rebuild it as optax.GradientTransformationExtraArgs(w.init, w.update)."
         )
     _tree.check_float_leaves(params, "params")
     _tree.check_float_leaves(updates, "updates")

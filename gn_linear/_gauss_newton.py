@@ -1,7 +1,7 @@
 """Damped Gauss-Newton as an optax transform.
 
 One update reads from top to bottom: linearise on the batch, choose the damping, solve the damped linearised problem
-for the incoming gradient, try the step, and either emit it or emit a zero update and raise the damping.
+for the incoming gradient, try the step, shorten it if it is too long, and emit it, or a zero update if nothing helps.
 """
 
 import dataclasses
@@ -20,6 +20,9 @@ from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_
 from gn_linear.losses import Loss, from_convex
 from gn_linear.solvers import CG, Result, Solver
 
+MAX_HALVINGS = 5
+"""How often a step that raises the objective is halved before it is refused."""
+
 
 class GaussNewtonInfo(NamedTuple):
     """What the last update of ``gauss_newton`` did; every field has shape ().
@@ -32,7 +35,7 @@ class GaussNewtonInfo(NamedTuple):
         damping: the absolute damping of this step.
         solver_steps: inner steps taken.
         solver_status: a ``gn_linear.solvers.Status``.
-        step_norm: 2-norm of the step that was tried, learning rate included.
+        step_norm: 2-norm of the step that was tried last, learning rate and halvings included.
         accepted: whether it was taken.
         skipped: steps refused so far.
         refused_in_a_row: steps refused since the last one taken.
@@ -92,11 +95,11 @@ def gauss_newton(
 
     .. math:: d = -\eta \, (J^T H J + \lambda I + \mu I)^{-1} b.
 
-    A step that is not finite is refused, and under an adaptive damping policy also one that raises the objective. Then
-    the update is zero, the parameters stay as they are to the bit, the damping goes up and the step is counted in
-    ``info``. The objective is :math:`F + \langle b - \nabla F, \cdot \rangle` with :math:`F` the loss plus the
-    penalty, so clipping, weight decay and accumulation in front of this transform compose, and the gain ratio is 1 on
-    every quadratic.
+    Under an adaptive damping policy a step that raises the objective raises the damping and is halved, at most five
+    times, until it lowers it. A step that is not finite or still raises the objective is refused: the update is zero,
+    the parameters stay as they are to the bit and the step is counted in ``info``. The objective is
+    :math:`F + \langle b - \nabla F, \cdot \rangle` with :math:`F` the loss plus the penalty, so clipping, weight decay
+    and accumulation in front of this transform compose, and the gain ratio is 1 on every quadratic.
 
     ``update(updates, state, params, *, inputs, targets=None, full_params=None, curvature_inputs=None,
     curvature_targets=None)`` takes the batch of the gradient as ``inputs`` and ``targets``, handed to ``predict`` and
@@ -182,7 +185,8 @@ class _GaussNewton:
             skipped=none,
             refused_in_a_row=none,
         )
-        return GaussNewtonState(none, self.policy.init(dtype), jnp.zeros([], dtype), self.solver.init(params), info)
+        scale = jnp.zeros([], dtype)
+        return _tree.copied(GaussNewtonState(none, self.policy.init(dtype), scale, self.solver.init(params), info))
 
     def update(
         self,
@@ -209,22 +213,24 @@ class _GaussNewton:
             )
         rhs = _tree.cast_like(_tree.to_solve(updates), _tree.to_solve(params))
         scale = _curvature_scale(curved, rhs, state.scale)
-        mu = self.policy.damping(state.damping, scale, state.count).astype(scale.dtype)
+        mu = self.policy.damping(state.damping, _unit(curved, rhs, scale), state.count).astype(scale.dtype)
         result = self.solver.solve(self.solver.prepare(curved, rhs, state.solver), mu)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         emitted = _tree.cast_like(_tree.scale(jnp.asarray(rate, scale.dtype), result.step), params)
 
-        def objective_at(point: Params) -> Scalar:
-            return self.loss(model(point, inputs), targets) + penalty(coefficient, point)
+        def judge(step: Params) -> _Trial:
+            point = optax.apply_updates(params, step)
+            reached = self.loss(model(point, inputs), targets) + penalty(coefficient, point)
+            return _judge(problem, rhs, step, reached, self.policy.adaptive)
 
-        trial_objective = objective_at(optax.apply_updates(params, emitted))
-        trial = _judge(problem, rhs, emitted, trial_objective, self.policy.adaptive)
+        whole = judge(emitted)
+        emitted, trial = _shortened(judge, emitted, whole) if self.policy.adaptive else (emitted, whole)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(trial.accepted, u, jnp.full_like(u, -0.0)), emitted)
-        learnt = self.policy.update(state.damping, trial.gain_ratio, trial.accepted)
+        learnt = self.policy.update(state.damping, whole.gain_ratio, whole.accepted)
         new_state = GaussNewtonState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            damping=_tree.where(trial.informative, learnt, state.damping),
+            damping=_tree.where(whole.informative, learnt, state.damping),
             scale=scale,
             solver=_tree.where(_tree.all_finite(result.step), result.state, state.solver),
             info=_report(problem, trial, result, mu, emitted, state.info),
@@ -244,6 +250,13 @@ def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> 
     return jax.lax.cond(known > 0, lambda: known, estimate)
 
 
+def _unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scalar:
+    """The curvature scale, or while there is none (Huber with outliers alone) what the loss itself suggests."""
+    size = _tree.norm(rhs)
+    guess = (size * (size / problem.objective)).astype(scale.dtype)
+    return jnp.where((scale > 0) | ~jnp.isfinite(guess), scale, jnp.maximum(guess, jnp.zeros_like(guess)))
+
+
 def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objective: Scalar, adaptive: bool) -> _Trial:
     """Compare what the step did with what the quadratic model promised."""
     step = _tree.to_solve(emitted)
@@ -256,6 +269,33 @@ def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objec
     resolution = jnp.finfo(actual.dtype).eps * (jnp.abs(problem.objective) + jnp.abs(trial_objective) + jnp.abs(rest))
     noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
     return _Trial(actual, predicted, ratio, accepted, ~noise)
+
+
+def _shortened(judge: Callable[[Params], _Trial], step: Params, whole: _Trial) -> tuple[Params, _Trial]:
+    """Halve a finite step that raises the objective until it lowers it, at a trial evaluation each.
+
+    It rescues the step where few examples are far outside the model's reach, such as confident mistakes, whose
+    curvature has vanished: refusing would skip their batch for ever. Halving rounds nothing.
+
+    Args:
+        judge: of a step.
+        step: the whole step.
+        whole: what ``judge`` said of it.
+
+    Returns:
+        The step that was judged last, and its judgement.
+    """
+
+    def fails(carry: tuple[Count, Params, _Trial]) -> Flag:
+        halvings, shorter, trial = carry
+        return ~trial.accepted & (halvings < MAX_HALVINGS) & _tree.all_finite(shorter)
+
+    def halve(carry: tuple[Count, Params, _Trial]) -> tuple[Count, Params, _Trial]:
+        halvings, shorter, _ = carry
+        shorter = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), shorter)
+        return halvings + 1, shorter, judge(shorter)
+
+    return jax.lax.while_loop(fails, halve, (jnp.zeros([], jnp.int32), step, whole))[1:]
 
 
 def _report(

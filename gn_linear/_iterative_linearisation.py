@@ -126,8 +126,9 @@ class _IterativeLinearisation:
         _tree.check_float_leaves(params, "params")
         zero = jnp.zeros([], jnp.int32)
         error = jnp.full([], jnp.nan, _tree.scalar_dtype(params))
-        anchor = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
-        return IterativeLinearisationState(zero, anchor, LinearisationInfo(zero, zero, error))
+        anchor = jax.tree.map(jnp.asarray, params)
+        state = IterativeLinearisationState(zero, anchor, LinearisationInfo(zero, zero, error))
+        return _tree.copied(state)
 
     def update(
         self,
@@ -171,8 +172,8 @@ class _IterativeLinearisation:
 
 
 def _check_period(period: Any) -> None:
-    integer = jnp.issubdtype(jnp.result_type(period), jnp.integer) if np.shape(period) == () else False
-    if isinstance(period, (bool, str)) or not integer:
+    scalar = np.shape(period) == () and not isinstance(period, (bool, str))
+    if not scalar or not jnp.issubdtype(jnp.result_type(period), jnp.integer):
         raise TypeError(f"period must be an int or an integer array of shape (), but is {period!r}.")
     try:
         steps = int(period)

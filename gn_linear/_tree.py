@@ -4,9 +4,10 @@ Reductions run in at least float32. Scalars are cast to the dtype of the leaf th
 loop carries keep their types and strict dtype promotion is respected.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,42 @@ import numpy as np
 from optax import MaskedNode
 
 from gn_linear._typing import Flag, Params, Scalar
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register_dataclass(cls: _Class) -> _Class:
+    """Register a frozen dataclass as a pytree that is rebuilt without its constructor.
+
+    JAX rebuilds pytrees with gradients, batches and placeholders in place of their numbers; the constructor's checks
+    are for users. Fields with ``metadata={"static": True}`` are structure, the others are leaves.
+
+    Args:
+        cls: the dataclass.
+
+    Returns:
+        The same class, registered.
+    """
+    fields = dataclasses.fields(cast(Any, cls))
+    static = [field.name for field in fields if field.metadata.get("static", False)]
+    traced = [field.name for field in fields if not field.metadata.get("static", False)]
+
+    def flatten(obj: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(obj, name) for name in traced], tuple(getattr(obj, name) for name in static)
+
+    def flatten_with_keys(obj: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        children, structure = flatten(obj)
+        keys = [jax.tree_util.GetAttrKey(name) for name in traced]
+        return list(zip(keys, children, strict=True)), structure
+
+    def unflatten(structure: tuple[Any, ...], children: Any) -> Any:
+        obj = object.__new__(cls)
+        for name, value in zip([*traced, *static], [*children, *structure], strict=True):
+            object.__setattr__(obj, name, value)
+        return obj
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -72,6 +109,11 @@ def max_abs(x: Params) -> Scalar:
     dtype = scalar_dtype(x)
     peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     return functools.reduce(jnp.maximum, peaks, jnp.zeros([], dtype))
+
+
+def copied(tree: Params) -> Params:
+    """``tree`` with a buffer of its own for each leaf, so that it can be donated."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def scale(alpha: Scalar, x: Params) -> Params:

@@ -56,5 +56,7 @@ def check_number(value: Any, argument: str, *, positive: bool = False) -> None:
         number = float(scalar)
     except jax.errors.ConcretizationTypeError:
         return
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument} must be {kind}, but is {value!r}.") from error
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{argument} must be {kind}, but is {value!r}.")

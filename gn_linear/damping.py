@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gn_linear import _tree
 from gn_linear._typing import Count, Flag, Number, Scalar, check_number
 
 __all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Policy", "Schedule"]
@@ -76,7 +77,7 @@ class Policy:
         return state
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Constant(Policy):
     r"""The same absolute damping at every step; a plain number as ``damping`` means this.
@@ -103,7 +104,7 @@ class Constant(Policy):
         return jnp.asarray(self.value, state.multiple.dtype)
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule(Policy):
     r"""Damping by an optax schedule, in multiples of the curvature scale.
@@ -130,7 +131,7 @@ class Schedule(Policy):
         return jnp.asarray(self.schedule(count), state.multiple.dtype) * scale
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LevenbergMarquardt(Policy):
     r"""Damping that follows the gain ratio :math:`\rho` by Nielsen's rule, in multiples of the curvature scale.

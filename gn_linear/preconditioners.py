@@ -44,7 +44,7 @@ class JacobiState(NamedTuple):
     weight: Scalar
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Jacobi(Preconditioner):
     r"""The diagonal of the Gauss-Newton matrix, :math:`M = \mathrm{diag}(G) + \mu I`.
@@ -76,6 +76,7 @@ class Jacobi(Preconditioner):
         check_number(self.samples, "samples", positive=True)
         check_number(self.exact_up_to, "exact_up_to")
         check_number(self.decay, "decay")
+        check_number(1 - self.decay, "1 - decay", positive=True)
 
     def init(self, params: Params) -> JacobiState:
         """No curvature seen yet."""

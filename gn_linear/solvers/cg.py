@@ -55,7 +55,7 @@ class _Carry(NamedTuple):
 _RUNNING = -1
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CG(Solver):
     r"""Preconditioned conjugate gradients on :math:`(G + \mu I) d = -b`, matrix-free.
@@ -69,13 +69,15 @@ class CG(Solver):
     kept, and one more in the state with a warm start.
 
     Attributes:
-        max_steps: the cap on inner steps; static. The default suits minibatches, where a longer solve fits one batch
-            at the expense of the others; full-batch fits want 20 to 100.
-        rtol: of the residual, relative to that of the step zero; in [0, 1).
+        max_steps: the cap on inner steps; static.
+        rtol: of the residual, relative to that of the step zero; in [0, 1). The default is loose: far from a solution
+            the model is wrong by more than that, and on minibatches a tighter solve fits one batch at the expense of
+            the others. Full-batch fits to many digits want 1e-2 or less, and a higher cap.
         preconditioner: one of ``gn_linear.preconditioners``, or None.
         warm_start: the factor by which the previous solution is multiplied to start from (Martens: 0.95), which costs
             one product; None starts from zero.
-        progress: the least relative progress a step of the quadratic model; 0 switches the test off.
+        progress: the least relative progress a step of the quadratic model, looked at from step 11 on; 0 switches the
+            test off.
 
     Example:
         >>> import gn_linear as gnl
@@ -86,8 +88,8 @@ class CG(Solver):
         learning via Hessian-free optimization, sections 4.4 to 4.8.
     """
 
-    max_steps: int = dataclasses.field(default=5, metadata={"static": True})
-    rtol: Number = 1e-2
+    max_steps: int = dataclasses.field(default=50, metadata={"static": True})
+    rtol: Number = 0.1
     preconditioner: Preconditioner | None = None
     warm_start: Number | None = None
     progress: Number = 5e-4
@@ -117,7 +119,7 @@ class CG(Solver):
         if self.preconditioner is not None:
             state = state._replace(preconditioner=self.preconditioner.refresh(problem, state.preconditioner))
         largest = _tree.max_abs(rhs)
-        size = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+        size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
         return _Prepared(problem.product, _tree.divide(rhs, size), size, state)
 
     def solve(self, prepared: _Prepared, damping: Scalar) -> Result:

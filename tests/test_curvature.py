@@ -1,0 +1,169 @@
+"""The linearised problem against dense matrices."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gn_linear as gnl
+from gn_linear import _tree, curvature
+from tests.support import PROBLEMS, assert_close, dense, flat, l2_diagonal, tolerance, unflatten_like
+
+PENALTIES = {
+    "none": lambda params: 0.0,
+    "scalar": lambda params: 0.3,
+    "tree": lambda params: jax.tree.map(lambda p: 0.1 + 0.2 * p.ndim, params),
+}
+
+
+@functools.cache
+def compiled(name):
+    """All that a problem offers, for a vector, a right-hand side and a penalty, in one compiled function."""
+    problem = PROBLEMS[name]
+
+    @jax.jit
+    def everything(l2, vector, rhs):
+        linear = curvature.linearised_problem(
+            problem.predict, problem.loss, problem.params, problem.inputs, targets=problem.targets, l2=l2
+        )
+        products = linear.product(vector), linear.quadratic(vector)
+        return linear.objective, *products, linear.reductions(rhs, vector), linear.diagonal()
+
+    return everything
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_everything_against_dense_matrices(name, penalty):
+    problem, oracle = PROBLEMS[name], dense(name)
+    l2 = PENALTIES[penalty](problem.params)
+    coefficients = l2_diagonal(l2, problem.params)
+    ggn = oracle.ggn + np.diag(coefficients)
+    rng = np.random.default_rng(11)
+    v, b = rng.normal(size=(2, oracle.params.size))
+    trees = unflatten_like(v, problem.params), unflatten_like(b, problem.params)
+    objective, product, quadratic, reductions, diagonal = compiled(name)(l2, *trees)
+    size = oracle.jacobian.size
+    assert_close(objective, oracle.value + oracle.params @ (coefficients * oracle.params) / 2, size=size)
+    assert_close(product, ggn @ v, size=size)
+    assert_close(quadratic, v @ ggn @ v, size=size)
+    assert_close(diagonal, np.diag(ggn), size=size)
+    gradient = oracle.gradient + coefficients * oracle.params
+    slopes = float(np.abs(b) @ np.abs(v) + v @ ggn @ v)
+    assert_close(reductions.predicted, -(b @ v + v @ ggn @ v / 2), scale=slopes, size=size)
+    assert_close(reductions.rest, (b - gradient) @ v, scale=slopes + float(np.abs(gradient) @ np.abs(v)), size=size)
+
+
+@pytest.mark.parametrize("name", ["affine", "decay"])
+def test_predicted_reduction_of_the_own_gradient_has_no_rest(name):
+    problem, oracle = PROBLEMS[name], dense(name)
+    d = np.random.default_rng(12).normal(size=oracle.params.size)
+    trees = unflatten_like(d, problem.params), unflatten_like(oracle.gradient + 0.3 * oracle.params, problem.params)
+    reductions = compiled(name)(0.3, *trees)[3]
+    scale = float(np.abs(oracle.gradient + 0.3 * oracle.params) @ np.abs(d))
+    assert_close(reductions.rest, 0.0, scale=scale, size=oracle.jacobian.size)
+
+
+def test_predicted_reduction_is_the_actual_one_on_a_quadratic():
+    problem, oracle = PROBLEMS["affine"], dense("affine")
+    d = np.random.default_rng(13).normal(size=oracle.params.size)
+    step, gradient = unflatten_like(d, problem.params), unflatten_like(oracle.gradient, problem.params)
+    objective, _, _, reductions, _ = compiled("affine")(0.0, step, gradient)
+    moved = problem.predict(_tree.add(problem.params, step), problem.inputs)
+    after = np.sum((flat(moved) - flat(problem.targets)) ** 2) / 2 / 8
+    assert_close(reductions.predicted, float(objective) - after, size=16, scale=float(objective) + after)
+
+
+@pytest.mark.parametrize(("parameters", "outputs"), [(3, 9), (9, 3)])
+def test_diagonal_by_parameters_or_by_outputs(parameters, outputs):
+    """Whichever is fewer; both ways are exact."""
+    matrix = np.random.default_rng(14).normal(size=(outputs, parameters))
+    linear = curvature.linearised_problem(
+        lambda p, x: x @ p, gnl.losses.squared_error, jnp.ones(parameters), jnp.asarray(matrix), l2=0.5
+    )
+    assert linear.output_size == outputs
+    assert_close(linear.diagonal(), np.sum(matrix**2, axis=0) / outputs + 0.5, size=matrix.size)
+
+
+@pytest.mark.parametrize("name", ["softmax_soft", "two_heads", "huber"])
+def test_sampled_diagonal_is_unbiased(name, monkeypatch):
+    """The mean over all sign vectors of a few outputs is the diagonal, exactly."""
+    problem = PROBLEMS[name]
+    few = jax.tree.map(lambda x: x[:2], (problem.inputs, problem.targets))
+    small = problem._replace(inputs=few[0], targets=few[1])
+
+    def linear():
+        return curvature.linearised_problem(
+            small.predict, small.loss, small.params, small.inputs, targets=small.targets
+        )
+
+    size = linear().output_size
+    signs = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=size)))
+    leaves = jax.tree.leaves(linear().linearisation.outputs)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    mean, exact = jax.jit(lambda signs: (mean_over(linear(), leaves, ends, signs), linear().diagonal()))(signs)
+    assert_close(mean, exact, size=len(signs) * size)
+    assert np.max(flat(exact)) > 0
+
+
+def mean_over(linear, leaves, ends, signs):
+    """The average of what one sample contributes, through the same private step that the estimate takes."""
+
+    def one(row):
+        parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(row, ends), leaves, strict=True)]
+        return linear._squared_pullback(jax.tree.unflatten(jax.tree.structure(linear.linearisation.outputs), parts))
+
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(one)(signs))
+
+
+def test_sampled_diagonal_is_within_its_own_standard_error():
+    """Six of them: the variance 2 (sum_j a_j^2)^2 - 2 sum_j a_j^4 of (a^T z)^2 is at most twice the squared mean."""
+    problem, oracle, samples = PROBLEMS["softmax_labels"], dense("softmax_labels"), 400
+
+    @jax.jit
+    def estimate(key):
+        linear = curvature.linearised_problem(
+            problem.predict, problem.loss, problem.params, problem.inputs, targets=problem.targets, l2=0.3
+        )
+        return linear.sampled_diagonal(key, samples), linear.sampled_diagonal(key, 1)
+
+    diagonal = np.diag(oracle.ggn)
+    many, one = estimate(jax.random.key(0))
+    bound = 6 * np.sqrt(2 / samples) * diagonal
+    assert np.all(np.abs(flat(many) - diagonal - 0.3) <= bound + tolerance(np.float64, oracle.jacobian.size))
+    assert np.all(flat(one) >= 0.3)
+    assert np.max(np.abs(flat(one) - diagonal - 0.3)) > np.max(np.abs(flat(many) - diagonal - 0.3))
+
+
+def test_half_precision_parameters_are_solved_in_float32():
+    problem = PROBLEMS["squared_error"]
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (problem.params, problem.inputs))
+
+    def everything(params, x):
+        linear = curvature.linearised_problem(problem.predict, problem.loss, params, x, targets=problem.targets, l2=0.1)
+        v = _tree.to_solve(params)
+        return linear.product(v), linear.quadratic(v), linear.diagonal(), linear.reductions(v, v), linear.objective
+
+    leaves = jax.tree.leaves(jax.eval_shape(everything, *low))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+
+
+def test_penalties():
+    params = PROBLEMS["affine"].params
+    trees = {"w": 0.1, "b": 0.7}
+    assert_close(curvature.penalty(0.3, params), 0.15 * np.sum(flat(params) ** 2), size=8)
+    weights = l2_diagonal(trees, params)
+    assert_close(curvature.penalty(trees, params), np.sum(weights * flat(params) ** 2) / 2, size=8)
+    assert_close(curvature.l2_times(trees, params), weights * flat(params))
+    assert curvature.fit_l2(trees, params) == trees
+    with pytest.raises(ValueError, match="l2 must be a number or a pytree of numbers with the structure of params"):
+        curvature.fit_l2({"w": 0.1}, params)
+
+
+@pytest.mark.parametrize(("l2", "name"), [(-1.0, "l2"), ({"w": 0.1, "b": float("nan")}, r"l2\['b'\]")])
+def test_penalty_out_of_range_is_named(l2, name):
+    with pytest.raises(ValueError, match=rf"^{name} must be a finite number that is not negative"):
+        curvature.check_l2(l2)

@@ -18,7 +18,7 @@ from gn_linear._batch import MISSING, checked_params, with_holes_filled
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
-from gn_linear.solvers import CG, Result, Solver
+from gn_linear.solvers import CG, Result, Solver, Status
 
 MAX_HALVINGS = 5
 """How often a step that raises the objective is halved before it is refused."""
@@ -31,7 +31,8 @@ class GaussNewtonInfo(NamedTuple):
         loss: the objective before the step: loss plus ``l2`` penalty on ``inputs``.
         predicted_reduction: by the undamped quadratic model.
         actual_reduction: of the objective, less what the incoming gradient holds besides this batch's.
-        gain_ratio: actual over predicted; 1 on every quadratic.
+        gain_ratio: actual over predicted; 1 on every quadratic, also where both are negative (a step that overshoots,
+            solved on another curvature batch), which is refused.
         damping: the absolute damping of this step.
         solver_steps: inner steps taken.
         solver_status: a ``gn_linear.solvers.Status``.
@@ -213,15 +214,19 @@ class _GaussNewton:
             )
         rhs = _tree.cast_like(_tree.to_solve(updates), _tree.to_solve(params))
         scale = _curvature_scale(curved, rhs, state.scale)
-        mu = self.policy.damping(state.damping, _unit(curved, rhs, scale), state.count).astype(scale.dtype)
+        mu = self.policy.damping(state.damping, _damping_unit(curved, rhs, scale), state.count).astype(scale.dtype)
         result = self.solver.solve(self.solver.prepare(curved, rhs, state.solver), mu)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         emitted = _tree.cast_like(_tree.scale(jnp.asarray(rate, scale.dtype), result.step), params)
 
+        # A solver that met a value that is not finite at once, say in a curvature batch, offers the zero step only.
+        solved = (result.status != Status.NON_FINITE) | (result.solver_steps > 0)
+
         def judge(step: Params) -> _Trial:
             point = optax.apply_updates(params, step)
             reached = self.loss(model(point, inputs), targets) + penalty(coefficient, point)
-            return _judge(problem, rhs, step, reached, self.policy.adaptive)
+            trial = _judge(problem, rhs, step, reached, self.policy.adaptive)
+            return trial._replace(accepted=trial.accepted & solved, informative=trial.informative | ~solved)
 
         whole = judge(emitted)
         emitted, trial = _shortened(judge, emitted, whole) if self.policy.adaptive else (emitted, whole)
@@ -250,7 +255,7 @@ def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> 
     return jax.lax.cond(known > 0, lambda: known, estimate)
 
 
-def _unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scalar:
+def _damping_unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scalar:
     """The curvature scale, or while there is none (Huber with outliers alone) what the loss itself suggests."""
     size = _tree.norm(rhs)
     guess = (size * (size / problem.objective)).astype(scale.dtype)
@@ -266,7 +271,10 @@ def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objec
     accepted = finite & (actual >= 0) if adaptive else finite
     exact = actual == predicted
     ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
-    resolution = jnp.finfo(actual.dtype).eps * (jnp.abs(problem.objective) + jnp.abs(trial_objective) + jnp.abs(rest))
+    # Some roundings of the terms: a change below them cannot be told from none.
+    resolution = (
+        4 * jnp.finfo(actual.dtype).eps * (jnp.abs(problem.objective) + jnp.abs(trial_objective) + jnp.abs(rest))
+    )
     noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
     return _Trial(actual, predicted, ratio, accepted, ~noise)
 
@@ -287,8 +295,8 @@ def _shortened(judge: Callable[[Params], _Trial], step: Params, whole: _Trial) -
     """
 
     def fails(carry: tuple[Count, Params, _Trial]) -> Flag:
-        halvings, shorter, trial = carry
-        return ~trial.accepted & (halvings < MAX_HALVINGS) & _tree.all_finite(shorter)
+        halvings, _, trial = carry
+        return ~trial.accepted & (halvings < MAX_HALVINGS) & jnp.isfinite(trial.predicted)
 
     def halve(carry: tuple[Count, Params, _Trial]) -> tuple[Count, Params, _Trial]:
         halvings, shorter, _ = carry

@@ -28,7 +28,8 @@ class LinearisationInfo(NamedTuple):
         feature_updates: re-linearisations so far, the first step included.
         age: steps since the last one; 0 right after it.
         linearisation_error: at the end of the last block of two steps or more, on the batch that followed it,
-            :math:`\|f(\theta) - f_\mathrm{lin}(\theta)\| / \|f(\theta) - f(\theta_s)\|`; NaN before there is one.
+            :math:`\|f(\theta) - f_\mathrm{lin}(\theta)\| / \|f(\theta) - f(\theta_s)\|`; NaN before there is one,
+            or where the outputs did not move.
     """
 
     feature_updates: Count
@@ -51,7 +52,7 @@ class IterativeLinearisationState(NamedTuple):
 
 
 def iterative_linearisation(
-    predict: Predict, loss: Loss | Callable[..., Any], *, period: int | jax.Array, l2: Any = 0.0
+    predict: Predict, loss: Loss | Callable[..., Any], *, period: int | np.integer | jax.Array, l2: Any = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace the gradient by that of the model linearised at an anchor, which moves every ``period`` steps.
 
@@ -62,7 +63,8 @@ def iterative_linearisation(
     It stands first in a chain, in front of any optimiser: the incoming gradient is replaced, and so is all that stood
     in front of it. Put clipping behind it, and a penalty into ``l2``. The optimiser's own state is kept when the anchor
     moves. With ``period=1`` every step is the one that the optimiser takes on the true gradient, at the cost of a plain
-    gradient. Nothing is refused here; ``optax.apply_if_finite`` around the chain does that.
+    gradient. Nothing is refused here; ``optax.apply_if_finite`` around the chain skips steps whose incoming
+    gradient is not finite, so hand it the true gradient then.
 
     ``update(updates, state, params, *, inputs, targets=None, full_params=None)`` takes this step's batch; the batch may
     change at every step. Reported predictions differ between ``predict(params, x)`` and
@@ -96,7 +98,8 @@ def iterative_linearisation(
         >>> params = {"w": jnp.array(1.0), "b": jnp.array(0.0)}
         >>> state = optimiser.init(params)
         >>> for _ in range(25):
-        ...     updates, state = optimiser.update(params, state, params, inputs=x, targets=y)
+        ...     grads = jax.grad(lambda p: gnl.losses.squared_error(predict(p, x), y))(params)  # not read
+        ...     updates, state = optimiser.update(grads, state, params, inputs=x, targets=y)
         ...     params = optax.apply_updates(params, updates)
         >>> print(gnl.info(state).feature_updates, gnl.info(state).age)
         3 4

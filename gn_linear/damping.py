@@ -164,6 +164,8 @@ class LevenbergMarquardt(Policy):
     def __post_init__(self) -> None:
         for name in ("initial", "minimum", "maximum"):
             check_number(getattr(self, name), name, positive=True)
+        if isinstance(self.minimum, float) and isinstance(self.maximum, float) and self.minimum > self.maximum:
+            raise ValueError(f"minimum must not exceed maximum, but they are {self.minimum!r} and {self.maximum!r}.")
 
     def init(self, dtype: Any) -> DampingState:
         """The first multiple, within its bounds."""

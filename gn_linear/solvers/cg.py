@@ -101,6 +101,8 @@ class CG(Solver):
             )
         check_number(self.max_steps, "max_steps", positive=True)
         check_number(self.rtol, "rtol")
+        if isinstance(self.rtol, float | int) and self.rtol >= 1:
+            raise ValueError(f"rtol must be below 1, since the step zero has the residual 1, but is {self.rtol!r}.")
         check_number(self.progress, "progress")
         if self.warm_start is not None:
             check_number(self.warm_start, "warm_start")

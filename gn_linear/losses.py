@@ -350,13 +350,13 @@ class FromConvex(Loss):
 
 
 squared_error = SquaredError()
-"""Half the squared error, mean over examples: see ``SquaredError``."""
+"""Half the squared error, mean over examples; see ``SquaredError``."""
 softmax_cross_entropy = SoftmaxCrossEntropy()
-"""Cross-entropy of the softmax, integer labels or one-hot: see ``SoftmaxCrossEntropy``."""
+"""Cross-entropy of the softmax, integer labels or one-hot; see ``SoftmaxCrossEntropy``."""
 sigmoid_binary_cross_entropy = SigmoidBinaryCrossEntropy()
-"""Binary cross-entropy of the logistic sigmoid: see ``SigmoidBinaryCrossEntropy``."""
+"""Binary cross-entropy of the logistic sigmoid; see ``SigmoidBinaryCrossEntropy``."""
 poisson = Poisson()
-"""Poisson negative log-likelihood of log-rates: see ``Poisson``."""
+"""Poisson negative log-likelihood of log-rates; see ``Poisson``."""
 
 
 def huber(delta: Number = 1.0) -> Huber:

@@ -1,5 +1,6 @@
 """What both transforms check and complete before they linearise."""
 
+import difflib
 from typing import Any
 
 import jax
@@ -18,9 +19,27 @@ class _Missing:
 
 MISSING = _Missing()
 
+KEYWORDS = ("inputs", "targets", "full_params", "curvature_inputs", "curvature_targets")
+
+
+def check_keywords(transform: str, ignored: dict[str, Any]) -> None:
+    """Raise on a keyword that looks like a misspelt one of ours; others are for other transforms.
+
+    Args:
+        transform: the name of the transform, for the message.
+        ignored: the keywords that it does not know.
+
+    Raises:
+        TypeError: one of them is nearly one of ours.
+    """
+    for name in ignored:
+        near = difflib.get_close_matches(name, KEYWORDS, n=1, cutoff=0.85)
+        if near:
+            raise TypeError(f"{name}: {transform} has no such argument in update; did you mean {near[0]}?")
+
 
 def checked_params(transform: str, updates: Params, params: Params | None, inputs: Any) -> Params:
-    """The parameters, once it is sure that an update has all that it needs, with leaves that fit.
+    """The parameters as arrays, once it is sure that an update has all that it needs, with leaves that fit.
 
     Args:
         transform: the name of the transform, for the messages.
@@ -29,7 +48,7 @@ def checked_params(transform: str, updates: Params, params: Params | None, input
         inputs: the batch.
 
     Returns:
-        ``params``.
+        ``params``, strongly typed.
 
     Raises:
         TypeError: the batch was not passed on, or a leaf is not a float array.
@@ -46,7 +65,25 @@ def checked_params(transform: str, updates: Params, params: Params | None, input
     _tree.check_float_leaves(params, "params")
     _tree.check_float_leaves(updates, "updates")
     _tree.check_same_shapes(updates, params, "updates", "params")
-    return params
+    return _tree.strongly_typed(params)
+
+
+def check_state(transform: str, state: Any, kind: type) -> None:
+    """Raise unless the state is that of the transform.
+
+    Args:
+        transform: the name of the transform, for the message.
+        state: what ``update`` was handed.
+        kind: what it must be.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be the {kind.__name__} that init or the last update of this {transform} returned, but is a "
+            f"{type(state).__name__}."
+        )
 
 
 def with_holes_filled(predict: Predict, params: Params, full_params: Params | None) -> Predict:

@@ -14,7 +14,7 @@ import optax
 
 from gn_linear import _tree
 from gn_linear import damping as damping_policies
-from gn_linear._batch import MISSING, checked_params, with_holes_filled
+from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, with_holes_filled
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
@@ -121,8 +121,10 @@ def gauss_newton(
         An optax transform whose update is to be added to the parameters (``optax.apply_updates``).
 
     Raises:
-        TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing or a leaf is not a float array.
-        ValueError: a number is out of range; in ``update``, ``params`` is missing or shapes do not fit.
+        TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing, a keyword is misspelt, the
+            state is another transform's, or a leaf is not a float array.
+        ValueError: a number is out of range; in ``update``, ``params`` is missing, shapes do not fit, or the curvature
+            batch is half given.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -202,7 +204,9 @@ class _GaussNewton:
         curvature_targets: Any = None,
         **ignored: Any,
     ) -> tuple[Params, GaussNewtonState]:
-        del ignored
+        check_keywords("gauss_newton", ignored)
+        check_state("gauss_newton", state, GaussNewtonState)
+        _check_curvature_batch(targets, curvature_inputs, curvature_targets)
         params = checked_params("gauss_newton", updates, params, inputs)
         model = with_holes_filled(self.predict, params, full_params)
         coefficient = fit_l2(self.l2, params)
@@ -219,8 +223,9 @@ class _GaussNewton:
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         emitted = _tree.cast_like(_tree.scale(jnp.asarray(rate, scale.dtype), result.step), params)
 
-        # A solver that met a value that is not finite at once, say in a curvature batch, offers the zero step only.
-        solved = (result.status != Status.NON_FINITE) | (result.solver_steps > 0)
+        # A solver that failed at once (no curvature along the gradient, NaN in a curvature batch) offers no step.
+        failed = (result.status == Status.NON_FINITE) | (result.status == Status.NON_POSITIVE_CURVATURE)
+        solved = ~failed | (result.solver_steps > 0)
 
         def judge(step: Params) -> _Trial:
             point = optax.apply_updates(params, step)
@@ -241,6 +246,14 @@ class _GaussNewton:
             info=_report(problem, trial, result, mu, emitted, state.info),
         )
         return kept, new_state
+
+
+def _check_curvature_batch(targets: Any, curvature_inputs: Any, curvature_targets: Any) -> None:
+    """Raise if the curvature batch is half given: a loss would take the missing targets for zeros."""
+    if curvature_inputs is None and curvature_targets is not None:
+        raise ValueError("curvature_targets are given, but curvature_inputs is missing; pass both or neither.")
+    if curvature_inputs is not None and curvature_targets is None and targets is not None:
+        raise ValueError("curvature_inputs are given, but curvature_targets is missing; pass both or neither.")
 
 
 def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> Scalar:
@@ -296,7 +309,8 @@ def _shortened(judge: Callable[[Params], _Trial], step: Params, whole: _Trial) -
 
     def fails(carry: tuple[Count, Params, _Trial]) -> Flag:
         halvings, _, trial = carry
-        return ~trial.accepted & (halvings < MAX_HALVINGS) & jnp.isfinite(trial.predicted)
+        promising = jnp.isfinite(trial.predicted) & (trial.predicted != 0) & trial.informative
+        return ~trial.accepted & promising & (halvings < MAX_HALVINGS)
 
     def halve(carry: tuple[Count, Params, _Trial]) -> tuple[Count, Params, _Trial]:
         halvings, shorter, _ = carry

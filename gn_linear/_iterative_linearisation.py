@@ -14,11 +14,14 @@ import numpy as np
 import optax
 
 from gn_linear import _tree
-from gn_linear._batch import MISSING, checked_params, with_holes_filled
+from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, with_holes_filled
 from gn_linear._linearise import linearise
 from gn_linear._typing import Count, Flag, Params, Predict, Scalar
 from gn_linear.curvature import check_l2, fit_l2, l2_times
 from gn_linear.losses import Loss, from_convex
+
+LONGEST_PERIOD = 2**31 - 1
+"""The range of the step counter; such a period means that the anchor never moves."""
 
 
 class LinearisationInfo(NamedTuple):
@@ -63,8 +66,9 @@ def iterative_linearisation(
     It stands first in a chain, in front of any optimiser: the incoming gradient is replaced, and so is all that stood
     in front of it. Put clipping behind it, and a penalty into ``l2``. The optimiser's own state is kept when the anchor
     moves. With ``period=1`` every step is the one that the optimiser takes on the true gradient, at the cost of a plain
-    gradient. Nothing is refused here; ``optax.apply_if_finite`` around the chain skips steps whose incoming
-    gradient is not finite, so hand it the true gradient then.
+    gradient (except under ``vmap`` over the state, where JAX computes both sides of every branch). Nothing is refused
+    here; ``optax.apply_if_finite`` around the chain skips steps whose incoming gradient is not finite, so hand it the
+    true gradient then.
 
     ``update(updates, state, params, *, inputs, targets=None, full_params=None)`` takes this step's batch; the batch may
     change at every step. Reported predictions differ between ``predict(params, x)`` and
@@ -84,8 +88,8 @@ def iterative_linearisation(
 
     Raises:
         TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing or a leaf is not a float array.
-        ValueError: ``period`` is below 1, ``l2`` is out of range; in ``update``, ``params`` is missing or shapes do
-            not fit.
+        ValueError: ``period`` is below 1 or above 2147483647, ``l2`` is out of range; in ``update``, ``params`` is
+            missing or shapes do not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -129,7 +133,7 @@ class _IterativeLinearisation:
         _tree.check_float_leaves(params, "params")
         zero = jnp.zeros([], jnp.int32)
         error = jnp.full([], jnp.nan, _tree.scalar_dtype(params))
-        anchor = jax.tree.map(jnp.asarray, params)
+        anchor = _tree.strongly_typed(params)
         state = IterativeLinearisationState(zero, anchor, LinearisationInfo(zero, zero, error))
         return _tree.copied(state)
 
@@ -144,7 +148,8 @@ class _IterativeLinearisation:
         full_params: Params | None = None,
         **ignored: Any,
     ) -> tuple[Params, IterativeLinearisationState]:
-        del ignored
+        check_keywords("iterative_linearisation", ignored)
+        check_state("iterative_linearisation", state, IterativeLinearisationState)
         params = checked_params("iterative_linearisation", updates, params, inputs)
         _tree.check_same_shapes(state.anchor, params, "the anchor in state", "params")
         model = with_holes_filled(self.predict, params, full_params)
@@ -184,6 +189,8 @@ def _check_period(period: Any) -> None:
         return
     if steps < 1:
         raise ValueError(f"period must be at least 1 (1 is ordinary training), but is {steps}.")
+    if steps > LONGEST_PERIOD:
+        raise ValueError(f"period must be at most {LONGEST_PERIOD}, which no run outlasts, but is {steps}.")
 
 
 def _difference(params: Params, anchor: Params) -> Params:

@@ -88,7 +88,8 @@ def map_scalars(fn: Callable[..., Any], *trees: Params) -> Scalar:
 
 def _leaf_dot(x: jax.Array, y: jax.Array) -> jax.Array:
     dtype = at_least_float32(max((x.dtype, y.dtype), key=lambda d: jnp.finfo(d).bits))
-    return jnp.vdot(x.astype(dtype), y.astype(dtype))
+    # Not a dot product: that would lower the precision on accelerators and refuses explicitly sharded axes.
+    return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
 
 def dot(x: Params, y: Params) -> Scalar:
@@ -114,6 +115,11 @@ def max_abs(x: Params) -> Scalar:
 def copied(tree: Params) -> Params:
     """``tree`` with a buffer of its own for each leaf, so that it can be donated."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def strongly_typed(tree: Params) -> Params:
+    """``tree`` as arrays whose dtypes do not yield in promotion, so that types stay the same from step to step."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
 
 
 def scale(alpha: Scalar, x: Params) -> Params:

@@ -36,13 +36,16 @@ Number: TypeAlias = float | int | Shaped[Array, ""]
 """A real number that may be traced."""
 
 
-def check_number(value: Any, argument: str, *, positive: bool = False) -> None:
+def check_number(value: Any, argument: str, *, positive: bool = False) -> float | None:
     """Raise unless a number is real, finite and not negative (or positive); traced values cannot be checked.
 
     Args:
         value: the number; a traced one passes.
         argument: its name, for the message.
         positive: whether zero is refused as well.
+
+    Returns:
+        Its value; None if it is traced.
 
     Raises:
         TypeError: it is not a real scalar.
@@ -55,8 +58,27 @@ def check_number(value: Any, argument: str, *, positive: bool = False) -> None:
     try:
         number = float(scalar)
     except jax.errors.ConcretizationTypeError:
-        return
+        return None
     except (TypeError, ValueError) as error:
         raise TypeError(f"{argument} must be {kind}, but is {value!r}.") from error
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{argument} must be {kind}, but is {value!r}.")
+    return number
+
+
+def check_count(value: Any, argument: str, *, minimum: int = 1) -> None:
+    """Raise unless a value is an integer known at trace time, since it sets the size of arrays or loops.
+
+    Args:
+        value: the value.
+        argument: its name, for the message.
+        minimum: the smallest one allowed.
+
+    Raises:
+        TypeError: it is not an integer, or traced.
+        ValueError: it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{argument} must be an int, since it sets the size of arrays or loops, but is {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{argument} must be at least {minimum}, but is {value}.")

@@ -23,8 +23,8 @@ class Reductions(NamedTuple):
     r"""What a step changes, by the quadratic model and beside it.
 
     Attributes:
-        predicted: :math:`-(\\langle b, d \\rangle + \\frac12 d^T G d)`, with G undamped.
-        rest: :math:`\\langle b - \\nabla F, d \\rangle`, the part of the slope that is not this batch's gradient.
+        predicted: :math:`-(\langle b, d \rangle + \frac12 d^T G d)`, with G undamped.
+        rest: :math:`\langle b - \nabla F, d \rangle`, the part of the slope that is not this batch's gradient.
     """
 
     predicted: Scalar
@@ -169,6 +169,8 @@ def l2_times(l2: Any, vector: Params) -> Params:
 
 def check_l2(l2: Any) -> None:
     """Raise unless every coefficient of the penalty is a finite number that is not negative."""
+    if l2 is None:
+        raise TypeError("l2 must be a number or a pytree of numbers, but is None; 0.0 means no penalty.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(l2):
         check_number(leaf, f"l2{jax.tree_util.keystr(path)}")
 

@@ -17,6 +17,10 @@ from gn_linear._typing import Count, Flag, Number, Scalar, check_number
 __all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Policy", "Schedule"]
 
 
+LARGEST = 1e38
+"""The largest multiple: what float32 holds."""
+
+
 class DampingState(NamedTuple):
     """What a policy remembers.
 
@@ -146,7 +150,11 @@ class LevenbergMarquardt(Policy):
     Attributes:
         initial: the first multiple.
         minimum: the smallest multiple.
-        maximum: the largest multiple, finite.
+        maximum: the largest multiple, at most 1e38.
+
+    Raises:
+        TypeError: one of them is not a number.
+        ValueError: one is not positive and finite, or ``minimum <= initial <= maximum`` does not hold.
 
     Example:
         >>> import gn_linear as gnl
@@ -162,10 +170,15 @@ class LevenbergMarquardt(Policy):
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("initial", "minimum", "maximum"):
-            check_number(getattr(self, name), name, positive=True)
-        if isinstance(self.minimum, float) and isinstance(self.maximum, float) and self.minimum > self.maximum:
-            raise ValueError(f"minimum must not exceed maximum, but they are {self.minimum!r} and {self.maximum!r}.")
+        initial, minimum, maximum = (
+            check_number(getattr(self, name), name, positive=True) for name in ("initial", "minimum", "maximum")
+        )
+        if maximum is not None and maximum > LARGEST:
+            raise ValueError(f"maximum must be at most {LARGEST}, to be finite in float32, but is {self.maximum!r}.")
+        if initial is not None and minimum is not None and maximum is not None and not minimum <= initial <= maximum:
+            raise ValueError(
+                f"minimum <= initial <= maximum must hold, but they are {minimum!r}, {initial!r} and {maximum!r}."
+            )
 
     def init(self, dtype: Any) -> DampingState:
         """The first multiple, within its bounds."""

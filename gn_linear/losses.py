@@ -93,6 +93,12 @@ class SoftmaxCrossEntropy(Loss):
     """
 
     def _check_leaf(self, name: str, outputs: Any, targets: Any) -> None:
+        if np.ndim(outputs) < 2 or np.shape(outputs)[-1] < 2:
+            raise ValueError(
+                f"the outputs of predict: leaf {name} has shape {np.shape(outputs)}, but softmax_cross_entropy needs "
+                "(n, ..., c) with at least two classes c on the last axis. For one logit an output use "
+                "sigmoid_binary_cross_entropy."
+            )
         integer = jnp.issubdtype(jnp.result_type(targets), jnp.integer)
         if integer and np.shape(targets) == np.shape(outputs)[:-1]:
             return
@@ -396,7 +402,8 @@ def weighted(loss: Loss) -> Weighted:
         loss: one of the losses of this module.
 
     Returns:
-        The weighted loss; weights have shape (n,) and are not negative.
+        The weighted loss. Its weights have shape (n,) and must not be negative, which is not checked: the loss would
+        not be convex.
 
     Raises:
         TypeError: ``loss`` is a plain callable, which has no value for each example to weight.
@@ -430,7 +437,7 @@ def from_convex(fn: Callable[[Outputs, Targets], Any]) -> Loss:
         The loss. A loss of this module is returned as it is.
 
     Raises:
-        TypeError: ``fn`` is not callable.
+        TypeError: ``fn`` is not callable, or makes a loss instead of being one.
 
     Example:
         >>> import jax.numpy as jnp
@@ -442,6 +449,8 @@ def from_convex(fn: Callable[[Outputs, Targets], Any]) -> Loss:
     """
     if isinstance(fn, Loss):
         return fn
+    if isinstance(fn, type) or fn is huber or fn is weighted:
+        raise TypeError(f"loss: {fn.__name__} makes a loss; call it first, with its own arguments.")
     if not callable(fn):
         raise TypeError(f"loss must be a loss of gnl.losses or a callable loss(outputs, targets), but is {fn!r}.")
     return FromConvex(fn)

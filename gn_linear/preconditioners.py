@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
-from gn_linear._typing import Count, Number, Params, Scalar, check_number
+from gn_linear._typing import Count, Number, Params, Scalar, check_count, check_number
 from gn_linear.curvature import LinearisedProblem
 
 __all__ = ["Jacobi", "JacobiState", "Preconditioner"]
@@ -73,8 +73,8 @@ class Jacobi(Preconditioner):
     seed: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        check_number(self.samples, "samples", positive=True)
-        check_number(self.exact_up_to, "exact_up_to")
+        check_count(self.samples, "samples")
+        check_count(self.exact_up_to, "exact_up_to", minimum=0)
         check_number(self.decay, "decay")
         check_number(1 - self.decay, "1 - decay", positive=True)
 

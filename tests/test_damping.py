@@ -76,8 +76,6 @@ def test_bounds_hold_for_ever():
     down = play(policy, jnp.ones(LENGTH), jnp.ones(LENGTH, bool))
     assert float(up.multiple[-1]) == 20.0
     assert float(down.multiple[-1]) == 0.5
-    assert float(LevenbergMarquardt(1e3, 0.5, 20.0).init(jnp.float64).multiple) == 20.0
-    assert float(LevenbergMarquardt(1e-3, 0.5, 20.0).init(jnp.float64).multiple) == 0.5
 
 
 def test_growth_stays_finite():
@@ -163,7 +161,7 @@ def test_numbers_are_traced():
     assert_bit_equal(jax.jit(jax.vmap(first))(values), values)
     initial = jax.vmap(lambda value: LevenbergMarquardt(value).init(jnp.float64).multiple)(values)
     assert_bit_equal(initial, values)
-    assert jax.tree.leaves(LevenbergMarquardt(0.1, 0.2, 0.3)) == [0.1, 0.2, 0.3]
+    assert jax.tree.leaves(LevenbergMarquardt(0.2, 0.1, 0.3)) == [0.2, 0.1, 0.3]
     assert jax.tree.leaves(Schedule(lambda count: 1.0)) == []
 
 

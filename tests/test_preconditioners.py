@@ -98,8 +98,8 @@ def test_state_of_narrow_parameters_is_float32():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"samples": 0}, "samples must be a positive finite number"),
-        ({"exact_up_to": -1}, "exact_up_to must be a finite number that is not negative"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"exact_up_to": -1}, "exact_up_to must be at least 0"),
         ({"decay": -0.1}, "decay must be a finite number that is not negative"),
         ({"decay": 1.0}, "1 - decay must be a positive finite number"),
     ],

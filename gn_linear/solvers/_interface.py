@@ -28,7 +28,7 @@ class Result(NamedTuple):
     r"""What a solve returns.
 
     Attributes:
-        step: approximately :math:`-(G + \\mu I)^{-1} b`, a pytree like the parameters in the dtypes of the solve.
+        step: approximately :math:`-(G + \mu I)^{-1} b`, a pytree like the parameters in the dtypes of the solve.
         state: the solver's state for the next step.
         solver_steps: inner steps taken, shape ().
         status: a ``Status``, shape ().

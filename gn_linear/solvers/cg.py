@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
-from gn_linear._typing import Count, Flag, Number, Params, Scalar, check_number
+from gn_linear._typing import Count, Flag, Number, Params, Scalar, check_count, check_number
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.preconditioners import Preconditioner
 from gn_linear.solvers._interface import Result, Solver, Status
@@ -95,13 +95,9 @@ class CG(Solver):
     progress: Number = 5e-4
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int):
-            raise TypeError(
-                f"max_steps must be a Python int, since it sets the size of arrays; got {self.max_steps!r}."
-            )
-        check_number(self.max_steps, "max_steps", positive=True)
-        check_number(self.rtol, "rtol")
-        if isinstance(self.rtol, float | int) and self.rtol >= 1:
+        check_count(self.max_steps, "max_steps")
+        rtol = check_number(self.rtol, "rtol")
+        if rtol is not None and rtol >= 1:
             raise ValueError(f"rtol must be below 1, since the step zero has the residual 1, but is {self.rtol!r}.")
         check_number(self.progress, "progress")
         if self.warm_start is not None:

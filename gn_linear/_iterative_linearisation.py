@@ -66,9 +66,8 @@ def iterative_linearisation(
     It stands first in a chain, in front of any optimiser: the incoming gradient is replaced, and so is all that stood
     in front of it. Put clipping behind it, and a penalty into ``l2``. The optimiser's own state is kept when the anchor
     moves. With ``period=1`` every step is the one that the optimiser takes on the true gradient, at the cost of a plain
-    gradient (except under ``vmap`` over the state, where JAX computes both sides of every branch). Nothing is refused
-    here; ``optax.apply_if_finite`` around the chain skips steps whose incoming gradient is not finite, so hand it the
-    true gradient then.
+    gradient (one forward-mode pass more if the period is traced). Nothing is refused here; ``optax.apply_if_finite``
+    around the chain skips steps whose incoming gradient is not finite, so hand it the true gradient then.
 
     ``update(updates, state, params, *, inputs, targets=None, full_params=None)`` takes this step's batch; the batch may
     change at every step. Reported predictions differ between ``predict(params, x)`` and
@@ -154,26 +153,24 @@ class _IterativeLinearisation:
         _tree.check_same_shapes(state.anchor, params, "the anchor in state", "params")
         model = with_holes_filled(self.predict, params, full_params)
 
-        def fresh() -> Params:
-            plain = linearise(model, params, inputs)
-            return plain.vjp(self.loss.gradient(plain.outputs, targets))
-
-        def moved() -> Params:
-            old = linearise(model, state.anchor, inputs)
-            outputs = jax.tree.map(jnp.add, old.outputs, old.jvp(_difference(params, state.anchor)))
-            return old.vjp(self.loss.gradient(outputs, targets))
-
         def measured() -> Scalar:
-            return _linearisation_error(model, params, state.anchor, inputs).astype(
-                state.info.linearisation_error.dtype
-            )
+            error = _linearisation_error(model, params, state.anchor, inputs)
+            return error.astype(state.info.linearisation_error.dtype)
 
         info = state.info
-        # A branch, not a select: only one of the two gradients is computed, so period 1 costs a plain gradient.
         relinearise = (state.count == 0) | (info.age + 1 >= self.period)
-        gradient = jax.lax.cond(relinearise, fresh, moved)
-        anchor = jax.tree.map(lambda p, a: jnp.where(relinearise, p, a), params, state.anchor)
-        error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
+        # A cost-only distinction: with a period known to be 1 the parameters are always at the anchor. A branch at run
+        # time would not do: both sides run under vmap, and XLA on CPU runs convolutions in a branch many times slower.
+        if isinstance(self.period, int) and self.period == 1:
+            anchor, error = params, info.linearisation_error
+            linear = linearise(model, anchor, inputs)
+            outputs = linear.outputs
+        else:
+            anchor = _tree.where(relinearise, params, state.anchor)
+            error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
+            linear = linearise(model, anchor, inputs)
+            outputs = jax.tree.map(jnp.add, linear.outputs, linear.jvp(_difference(params, anchor)))
+        gradient = linear.vjp(self.loss.gradient(outputs, targets))
         return _with_penalty(gradient, fit_l2(self.l2, params), params), IterativeLinearisationState(
             jnp.asarray(optax.safe_increment(state.count)), anchor, _progress(info, relinearise, error)
         )

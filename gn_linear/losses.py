@@ -402,8 +402,8 @@ def weighted(loss: Loss) -> Weighted:
         loss: one of the losses of this module.
 
     Returns:
-        The weighted loss. Its weights have shape (n,) and must not be negative, which is not checked: the loss would
-        not be convex.
+        The weighted loss. Its weights have shape (n,). Negative ones, which are not checked, make it lose its
+        convexity.
 
     Raises:
         TypeError: ``loss`` is a plain callable, which has no value for each example to weight.

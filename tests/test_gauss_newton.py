@@ -371,6 +371,26 @@ def test_step_that_is_too_long_is_halved():
     assert half_mean_square(jnp.log(params + updates) * x, y) < half_mean_square(jnp.log(params) * x, y)
 
 
+def test_change_below_rounding_teaches_nothing():
+    """Close to a minimum with a large residual, a refusal is an accident of rounding: no halving, the same damping."""
+    x, y = jnp.arange(1.0, 6.0), jnp.array([3.0, -1.0, 4.0, -1.0, 5.0])
+    curvature = float(jnp.mean(x**2))
+    best = float(jnp.mean(x * y)) / curvature
+    optimiser = gnl.gauss_newton(lambda p, x: p * x, SQUARED)
+    start, update = optimiser.init(jnp.float64(0.0)), jitted(optimiser)
+    refused = 0
+    for offset in np.linspace(1e-9, 4e-9, 24):
+        params = jnp.float64(best + offset)
+        grads = jax.grad(lambda p: half_mean_square(p * x, y))(params)
+        _, state = update(grads, start, params, inputs=x, targets=y)
+        refused += not state.info.accepted
+        assert state.info.predicted_reduction < eps() * state.info.loss
+        assert state.damping.multiple == start.damping.multiple
+        whole = abs(float(grads)) / (curvature + float(state.info.damping))
+        assert abs(float(state.info.step_norm) - whole) <= tolerance(operations=20) * whole
+    assert 0 < refused < 24
+
+
 def test_nan_in_the_curvature_batch_is_refused():
     state, update = refusing(True)
     x_nan = BAD_X.at[1, 0].set(jnp.nan)

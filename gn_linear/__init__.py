@@ -1,6 +1,6 @@
 """Second-order optimisation for JAX: damped Gauss-Newton and iterative linearisation as optax transforms."""
 
-from gn_linear import damping, losses, preconditioners, solvers
+from gn_linear import damping, losses, preconditioners, solvers, wrappers
 from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState, gauss_newton
 from gn_linear._inspect import anchor, info
 from gn_linear._iterative_linearisation import (
@@ -9,6 +9,7 @@ from gn_linear._iterative_linearisation import (
     iterative_linearisation,
 )
 from gn_linear._linearise import Linearisation, linearise, linearised
+from gn_linear._refusal import Refusal
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "IterativeLinearisationState",
     "Linearisation",
     "LinearisationInfo",
+    "Refusal",
     "anchor",
     "damping",
     "gauss_newton",
@@ -28,4 +30,5 @@ __all__ = [
     "losses",
     "preconditioners",
     "solvers",
+    "wrappers",
 ]

@@ -1,13 +1,16 @@
 """What both transforms check and complete before they linearise."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gn_linear import _tree
-from gn_linear._typing import Inputs, Outputs, Params, Predict
+from gn_linear._typing import Flag, Params, Predict
 
 
 class _Missing:
@@ -68,49 +71,98 @@ def checked_params(transform: str, updates: Params, params: Params | None, input
     return _tree.strongly_typed(params)
 
 
-def check_state(transform: str, state: Any, kind: type) -> None:
-    """Raise unless the state is that of the transform.
+def check_state(transform: str, state: Any, kind: type, init: Callable[[Params], Any], params: Params) -> None:
+    """Raise unless the state is what ``init`` of this transform makes for such parameters, leaf by leaf.
 
     Args:
         transform: the name of the transform, for the message.
         state: what ``update`` was handed.
         kind: what it must be.
+        init: of the transform.
+        params: the parameters.
 
     Raises:
         TypeError: it is something else.
+        ValueError: a leaf is missing, or has another shape or dtype: the state of another model or other settings.
     """
     if not isinstance(state, kind):
         raise TypeError(
             f"state must be the {kind.__name__} that init or the last update of this {transform} returned, but is a "
             f"{type(state).__name__}."
         )
+    expected = _named_leaves(jax.eval_shape(init, params))
+    found = _named_leaves(state)
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        have, need = (_kind_of(leaves[name]) if name in leaves else "nothing" for leaves in (found, expected))
+        if have != need:
+            raise ValueError(
+                f"state{name} is {have}, but this {transform} needs {need} for these params: it is the state of "
+                "another model or of other settings. Start from init(params), or restore the state saved with these params."
+            )
 
 
-def with_holes_filled(predict: Predict, params: Params, full_params: Params | None) -> Predict:
+def check_model(transform: str, checksum: jax.Array, params: Params) -> Flag:
+    """Whether a state that holds no leaf like the parameters was made for them; raises if that is known now.
+
+    Args:
+        transform: the name of the transform, for the message.
+        checksum: of the parameters that the state was made for.
+        params: the parameters.
+
+    Returns:
+        Whether the two agree, for steps inside ``jit``.
+
+    Raises:
+        ValueError: they do not, outside of ``jit``.
+    """
+    same = jnp.asarray(checksum == _tree.checksum(params))
+    try:
+        known = bool(same)
+    except jax.errors.ConcretizationTypeError:
+        return same
+    if not known:
+        leaves = ", ".join(
+            f"{_tree.leaf_name(path)} {np.shape(leaf)}" for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        )
+        raise ValueError(
+            f"state.model is not that of params: the state of this {transform} belongs to parameters of other names "
+            f"or shapes than {leaves}. Start from init(params), or restore the state saved with these params."
+        )
+    return same
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _kind_of(leaf: Any) -> str:
+    return f"a {jnp.result_type(leaf)} array of shape {np.shape(leaf)}"
+
+
+def whole_model(predict: Predict, params: Params, full_params: Params | None) -> Predict:
     """``predict`` as a function of the parameters that this transform sees.
 
     Args:
         predict: the model on whole parameters.
-        params: what the transform was handed, perhaps with holes of ``optax.masked`` or ``optax.partition``.
+        params: what the transform was handed: perhaps with holes of ``optax.masked`` or ``optax.partition``, or as the
+            one vector that ``optax.flatten`` makes.
         full_params: the whole parameters.
 
     Returns:
-        The model; the same function if there are no holes.
+        The model; the same function if the parameters are whole.
 
     Raises:
         ValueError: there are holes, and ``full_params`` is missing.
     """
-    if not _tree.has_holes(params):
-        return predict
-    if full_params is None:
-        holes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-        names = [_tree.leaf_name(path) for path, leaf in holes if isinstance(leaf, optax.MaskedNode)]
-        raise ValueError(
-            f"full_params is missing: params come without {', '.join(names)} (optax.masked or optax.partition took "
-            "them out), and the model needs all of them; call update(..., inputs=x, targets=y, full_params=params)."
-        )
-
-    def predict_part(part: Params, inputs: Inputs) -> Outputs:
-        return predict(_tree.fill_holes(part, full_params), inputs)
-
-    return predict_part
+    if _tree.has_holes(params):
+        if full_params is None:
+            holes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+            names = [_tree.leaf_name(path) for path, leaf in holes if isinstance(leaf, optax.MaskedNode)]
+            raise ValueError(
+                f"full_params is missing: params come without {', '.join(names)} (optax.masked or optax.partition took "
+                "them out), and the model needs all of them; call update(..., inputs=x, targets=y, full_params=params)."
+            )
+        return lambda part, inputs: predict(_tree.fill_holes(part, full_params), inputs)
+    if full_params is not None and _tree.is_flattened(params, full_params):
+        return lambda vector, inputs: predict(_tree.unflatten(vector, full_params), inputs)
+    return predict

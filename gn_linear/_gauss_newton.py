@@ -14,7 +14,8 @@ import optax
 
 from gn_linear import _tree
 from gn_linear import damping as damping_policies
-from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, with_holes_filled
+from gn_linear._batch import MISSING, check_keywords, check_model, check_state, checked_params, whole_model
+from gn_linear._refusal import ADVICE, Refusal, first_reason
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
@@ -40,6 +41,7 @@ class GaussNewtonInfo(NamedTuple):
         accepted: whether it was taken.
         skipped: steps refused so far.
         refused_in_a_row: steps refused since the last one taken.
+        refusal: why the last step was refused, a ``gn_linear.Refusal``.
     """
 
     loss: Scalar
@@ -53,6 +55,19 @@ class GaussNewtonInfo(NamedTuple):
     accepted: Flag
     skipped: Count
     refused_in_a_row: Count
+    refusal: Count
+
+    @property
+    def message(self) -> str:
+        """The outcome of the last step in words: how many were refused, and why; outside ``jit`` only."""
+        if bool(self.accepted):
+            return f"the last step was taken; {int(self.skipped)} steps refused so far"
+        reason = Refusal(int(self.refusal))
+        status = f" (solver status {Status(int(self.solver_status)).name})" if reason == Refusal.SOLVER else ""
+        return (
+            f"{int(self.refused_in_a_row)} steps refused in a row, {int(self.skipped)} so far, at damping "
+            f"{float(self.damping):.1e}; the last because {ADVICE[reason]}{status}"
+        )
 
 
 class GaussNewtonState(NamedTuple):
@@ -63,6 +78,7 @@ class GaussNewtonState(NamedTuple):
         damping: the damping policy's state.
         scale: the curvature scale, 0 before the first finite one, shape ().
         solver: the solver's state.
+        model: a checksum of the parameters' names and shapes, so that another model's state is refused, shape ().
         info: what the last update did.
     """
 
@@ -70,6 +86,7 @@ class GaussNewtonState(NamedTuple):
     damping: damping_policies.DampingState
     scale: Scalar
     solver: Any
+    model: jax.Array
     info: GaussNewtonInfo
 
 
@@ -77,8 +94,12 @@ class _Trial(NamedTuple):
     actual: Scalar
     predicted: Scalar
     gain_ratio: Scalar
-    accepted: Flag
+    refusal: Count
     informative: Flag
+
+    @property
+    def accepted(self) -> Flag:
+        return self.refusal == Refusal.NONE
 
 
 def gauss_newton(
@@ -187,9 +208,10 @@ class _GaussNewton:
             accepted=jnp.ones([], bool),
             skipped=none,
             refused_in_a_row=none,
+            refusal=none,
         )
-        scale = jnp.zeros([], dtype)
-        return _tree.copied(GaussNewtonState(none, self.policy.init(dtype), scale, self.solver.init(params), info))
+        policy, scale, model = self.policy.init(dtype), jnp.zeros([], dtype), _tree.checksum(params)
+        return _tree.copied(GaussNewtonState(none, policy, scale, self.solver.init(params), model, info))
 
     def update(
         self,
@@ -205,10 +227,11 @@ class _GaussNewton:
         **ignored: Any,
     ) -> tuple[Params, GaussNewtonState]:
         check_keywords("gauss_newton", ignored)
-        check_state("gauss_newton", state, GaussNewtonState)
         _check_curvature_batch(targets, curvature_inputs, curvature_targets)
         params = checked_params("gauss_newton", updates, params, inputs)
-        model = with_holes_filled(self.predict, params, full_params)
+        check_state("gauss_newton", state, GaussNewtonState, self.init, params)
+        same_model = check_model("gauss_newton", state.model, params)
+        model = whole_model(self.predict, params, full_params)
         coefficient = fit_l2(self.l2, params)
         problem = linearised_problem(model, self.loss, params, inputs, targets=targets, l2=coefficient)
         curved = problem
@@ -225,13 +248,24 @@ class _GaussNewton:
 
         # A solver that failed at once (no curvature along the gradient, NaN in a curvature batch) offers no step.
         failed = (result.status == Status.NON_FINITE) | (result.status == Status.NON_POSITIVE_CURVATURE)
-        solved = ~failed | (result.solver_steps > 0)
+        hopeless = first_reason(
+            [
+                (~same_model, Refusal.STATE),
+                (~jnp.isfinite(problem.objective), Refusal.OBJECTIVE),
+                (~_tree.all_finite(updates), Refusal.GRADIENT),
+                (failed & (result.solver_steps == 0), Refusal.SOLVER),
+            ],
+            Refusal.NONE,
+        )
 
         def judge(step: Params) -> _Trial:
             point = optax.apply_updates(params, step)
             reached = self.loss(model(point, inputs), targets) + penalty(coefficient, point)
             trial = _judge(problem, rhs, step, reached, self.policy.adaptive)
-            return trial._replace(accepted=trial.accepted & solved, informative=trial.informative | ~solved)
+            lost = hopeless != Refusal.NONE
+            return trial._replace(
+                refusal=jnp.where(lost, hopeless, trial.refusal), informative=trial.informative | lost
+            )
 
         whole = judge(emitted)
         emitted, trial = _shortened(judge, emitted, whole) if self.policy.adaptive else (emitted, whole)
@@ -243,6 +277,7 @@ class _GaussNewton:
             damping=_tree.where(whole.informative, learnt, state.damping),
             scale=scale,
             solver=_tree.where(_tree.all_finite(result.step), result.state, state.solver),
+            model=state.model,
             info=_report(problem, trial, result, mu, emitted, state.info),
         )
         return kept, new_state
@@ -280,16 +315,25 @@ def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objec
     step = _tree.to_solve(emitted)
     predicted, rest = problem.reductions(rhs, step)
     actual = problem.objective - trial_objective - rest
-    finite = _tree.all_finite(emitted) & jnp.isfinite(actual) & jnp.isfinite(predicted)
-    accepted = finite & (actual >= 0) if adaptive else finite
     exact = actual == predicted
     ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
     # Some roundings of the terms: a change below them cannot be told from none.
     resolution = (
         4 * jnp.finfo(actual.dtype).eps * (jnp.abs(problem.objective) + jnp.abs(trial_objective) + jnp.abs(rest))
     )
+    finite = jnp.isfinite(actual) & jnp.isfinite(predicted)
     noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
-    return _Trial(actual, predicted, ratio, accepted, ~noise)
+    worse = (actual < 0) & adaptive
+    refusal = first_reason(
+        [
+            (~_tree.all_finite(emitted), Refusal.STEP),
+            (~finite, Refusal.TRIAL),
+            (worse & noise, Refusal.ROUNDING),
+            (worse, Refusal.INCREASE),
+        ],
+        Refusal.NONE,
+    )
+    return _Trial(actual, predicted, ratio, refusal, ~noise)
 
 
 def _shortened(judge: Callable[[Params], _Trial], step: Params, whole: _Trial) -> tuple[Params, _Trial]:
@@ -309,8 +353,9 @@ def _shortened(judge: Callable[[Params], _Trial], step: Params, whole: _Trial) -
 
     def fails(carry: tuple[Count, Params, _Trial]) -> Flag:
         halvings, _, trial = carry
-        promising = jnp.isfinite(trial.predicted) & (trial.predicted != 0) & trial.informative
-        return ~trial.accepted & promising & (halvings < MAX_HALVINGS)
+        too_long = (trial.refusal == Refusal.TRIAL) | (trial.refusal == Refusal.INCREASE)
+        promising = jnp.isfinite(trial.predicted) & (trial.predicted != 0)
+        return too_long & promising & (halvings < MAX_HALVINGS)
 
     def halve(carry: tuple[Count, Params, _Trial]) -> tuple[Count, Params, _Trial]:
         halvings, shorter, _ = carry
@@ -337,4 +382,5 @@ def _report(
         accepted=trial.accepted,
         skipped=last.skipped + refused,
         refused_in_a_row=(last.refused_in_a_row + 1) * refused,
+        refusal=trial.refusal,
     )

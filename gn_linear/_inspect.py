@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from gn_linear import _tree
 from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState
 from gn_linear._iterative_linearisation import IterativeLinearisationState, LinearisationInfo
 from gn_linear._typing import Params
@@ -34,11 +35,13 @@ def info(state: Any) -> GaussNewtonInfo | LinearisationInfo:
     return _find(state, (GaussNewtonState, IterativeLinearisationState)).info
 
 
-def anchor(state: Any) -> Params:
+def anchor(state: Any, *, full_params: Params | None = None) -> Params:
     """Where iterative linearisation is linearised now, read from any nesting of optax states.
 
     Args:
         state: the state of an optimiser that holds one ``iterative_linearisation``.
+        full_params: the whole parameters, for a transform inside ``optax.masked``, ``optax.partition`` or
+            ``optax.flatten``: they fill the holes of the anchor, and give a vector its structure back.
 
     Returns:
         The anchor, a pytree like the parameters.
@@ -54,7 +57,14 @@ def anchor(state: Any) -> Params:
         >>> print(gnl.anchor(state))
         1.0
     """
-    return _find(state, (IterativeLinearisationState,)).anchor
+    found = _find(state, (IterativeLinearisationState,)).anchor
+    if full_params is None:
+        return found
+    return (
+        _tree.unflatten(found, full_params)
+        if _tree.is_flattened(found, full_params)
+        else _tree.fill_holes(found, full_params)
+    )
 
 
 def _find(state: Any, kinds: tuple[type, ...]) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from gn_linear import _tree
-from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, with_holes_filled
+from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, whole_model
 from gn_linear._linearise import linearise
 from gn_linear._typing import Count, Flag, Params, Predict, Scalar
 from gn_linear.curvature import check_l2, fit_l2, l2_times
@@ -148,10 +148,9 @@ class _IterativeLinearisation:
         **ignored: Any,
     ) -> tuple[Params, IterativeLinearisationState]:
         check_keywords("iterative_linearisation", ignored)
-        check_state("iterative_linearisation", state, IterativeLinearisationState)
         params = checked_params("iterative_linearisation", updates, params, inputs)
-        _tree.check_same_shapes(state.anchor, params, "the anchor in state", "params")
-        model = with_holes_filled(self.predict, params, full_params)
+        check_state("iterative_linearisation", state, IterativeLinearisationState, self.init, params)
+        model = whole_model(self.predict, params, full_params)
 
         def measured() -> Scalar:
             error = _linearisation_error(model, params, state.anchor, inputs)
@@ -179,7 +178,8 @@ class _IterativeLinearisation:
 def _check_period(period: Any) -> None:
     scalar = np.shape(period) == () and not isinstance(period, (bool, str))
     if not scalar or not jnp.issubdtype(jnp.result_type(period), jnp.integer):
-        raise TypeError(f"period must be an int or an integer array of shape (), but is {period!r}.")
+        hint = " A schedule must return integers." if isinstance(period, jax.Array) or callable(period) else ""
+        raise TypeError(f"period must be an int or an integer array of shape (), but is {period!r}.{hint}")
     try:
         steps = int(period)
     except jax.errors.ConcretizationTypeError:

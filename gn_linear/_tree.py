@@ -6,6 +6,7 @@ loop carries keep their types and strict dtype promotion is respected.
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -200,6 +201,29 @@ def check_same_shapes(tree: Params, like: Params, argument: str, like_argument: 
                 f"{argument}: leaf {leaf_name(path)} has shape {np.shape(leaf)}, but {like_argument} has shape "
                 f"{np.shape(other)} there; they must be the same."
             )
+
+
+def checksum(tree: Params) -> jax.Array:
+    """A number that two trees share if their leaves have the same names and shapes, and hardly ever otherwise."""
+    leaves = [(leaf_name(path), np.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return jnp.asarray(np.uint32(zlib.crc32(repr(leaves).encode())))
+
+
+def is_flattened(vector: Params, full: Params) -> bool:
+    """Whether ``vector`` is what ``optax.flatten`` makes of ``full``."""
+    same_structure = jax.tree.structure(vector) == jax.tree.structure(full)
+    return not same_structure and np.shape(vector) == (sum(np.size(leaf) for leaf in jax.tree.leaves(full)),)
+
+
+def unflatten(vector: jax.Array, like: Params) -> Params:
+    """A tree like ``like`` from the entries of a vector, leaf after leaf."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])
+    parts = jnp.split(vector, ends[:-1])
+    return jax.tree.unflatten(
+        structure,
+        [part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=True)],
+    )
 
 
 def has_holes(tree: Params) -> bool:

@@ -29,6 +29,7 @@ SHARED_FILES = {
     "GaussNewtonState": "_gauss_newton",
     "IterativeLinearisationState": "_iterative_linearisation",
     "LinearisationInfo": "_iterative_linearisation",
+    "Refusal": "_refusal",
 }
 
 

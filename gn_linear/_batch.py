@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gn_linear import _tree
-from gn_linear._typing import Flag, Params, Predict
+from gn_linear._typing import Flag, Inputs, Outputs, Params, Predict
 
 
 class _Missing:
@@ -97,7 +97,7 @@ def check_state(transform: str, state: Any, kind: type, init: Callable[[Params],
         if have != need:
             raise ValueError(
                 f"state{name} is {have}, but this {transform} needs {need} for these params: it is the state of "
-                "another model or of other settings. Start from init(params), or restore the state saved with these params."
+                "another model or of other settings. Start from init(params), or restore the one saved with them."
             )
 
 
@@ -165,4 +165,22 @@ def whole_model(predict: Predict, params: Params, full_params: Params | None) ->
         return lambda part, inputs: predict(_tree.fill_holes(part, full_params), inputs)
     if full_params is not None and _tree.is_flattened(params, full_params):
         return lambda vector, inputs: predict(_tree.unflatten(vector, full_params), inputs)
+    if full_params is None and np.ndim(params) == 1:
+        return _with_hint_of_flattening(predict)
     return predict
+
+
+def _with_hint_of_flattening(predict: Predict) -> Predict:
+    """Adds to an error of a model that got a bare vector where the vector may come from."""
+
+    def hinting(params: Params, inputs: Inputs) -> Outputs:
+        try:
+            return predict(params, inputs)
+        except Exception as error:
+            error.add_note(
+                f"predict was called with params as one vector of shape {np.shape(params)}. If optax.flatten made it, "
+                "call update(..., inputs=x, targets=y, full_params=params)."
+            )
+            raise
+
+    return hinting

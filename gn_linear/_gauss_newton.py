@@ -17,6 +17,7 @@ from gn_linear import damping as damping_policies
 from gn_linear._batch import MISSING, check_keywords, check_model, check_state, checked_params, whole_model
 from gn_linear._refusal import ADVICE, Refusal, first_reason
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
+from gn_linear._xla_cpu import fence
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
 from gn_linear.solvers import CG, Result, Solver, Status
@@ -61,12 +62,12 @@ class GaussNewtonInfo(NamedTuple):
     def message(self) -> str:
         """The outcome of the last step in words: how many were refused, and why; outside ``jit`` only."""
         if bool(self.accepted):
-            return f"the last step was taken; {int(self.skipped)} steps refused so far"
+            return f"the last step was taken (refused so far: {int(self.skipped)})"
         reason = Refusal(int(self.refusal))
         status = f" (solver status {Status(int(self.solver_status)).name})" if reason == Refusal.SOLVER else ""
         return (
-            f"{int(self.refused_in_a_row)} steps refused in a row, {int(self.skipped)} so far, at damping "
-            f"{float(self.damping):.1e}; the last because {ADVICE[reason]}{status}"
+            f"refused in a row: {int(self.refused_in_a_row)}, so far: {int(self.skipped)}, damping: "
+            f"{float(self.damping):.1e}; the last step was refused because {ADVICE[reason]}{status}"
         )
 
 
@@ -260,7 +261,7 @@ class _GaussNewton:
 
         def judge(step: Params) -> _Trial:
             point = optax.apply_updates(params, step)
-            reached = self.loss(model(point, inputs), targets) + penalty(coefficient, point)
+            reached = self.loss(fence(model(point, inputs)), targets) + penalty(coefficient, point)
             trial = _judge(problem, rhs, step, reached, self.policy.adaptive)
             lost = hopeless != Refusal.NONE
             return trial._replace(

@@ -17,6 +17,7 @@ from gn_linear import _tree
 from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, whole_model
 from gn_linear._linearise import linearise
 from gn_linear._typing import Count, Flag, Params, Predict, Scalar
+from gn_linear._xla_cpu import fence
 from gn_linear.curvature import check_l2, fit_l2, l2_times
 from gn_linear.losses import Loss, from_convex
 
@@ -207,6 +208,6 @@ def _progress(info: LinearisationInfo, relinearise: Flag, error: Scalar) -> Line
 
 def _linearisation_error(model: Predict, params: Params, anchor: Params, inputs: Any) -> Scalar:
     """The share of the outputs' motion that the linearised model misses."""
-    start, change = jax.jvp(lambda p: model(p, inputs), (anchor,), (_difference(params, anchor),))
-    motion = _tree.subtract(_tree.to_solve(model(params, inputs)), _tree.to_solve(start))
+    start, change = jax.jvp(lambda p: fence(model(p, inputs)), (anchor,), (_difference(params, anchor),))
+    motion = _tree.subtract(_tree.to_solve(fence(model(params, inputs))), _tree.to_solve(start))
     return _tree.norm(_tree.subtract(motion, _tree.to_solve(change))) / _tree.norm(motion)

@@ -13,6 +13,7 @@ import numpy as np
 
 from gn_linear import _tree
 from gn_linear._typing import Inputs, Outputs, Params, Predict
+from gn_linear._xla_cpu import fence, with_plain_convolutions
 
 
 class Linearisation(NamedTuple):
@@ -66,10 +67,11 @@ def linearise(predict: Predict, params: Params, inputs: Inputs) -> Linearisation
     """
     _tree.check_float_leaves(params, "params")
     params = jax.tree.map(jnp.asarray, params)
-    outputs, jvp = jax.linearize(lambda p: predict(p, inputs), params)
+    outputs, jvp = jax.linearize(lambda p: fence(predict(p, inputs)), params)
     _check_outputs(outputs)
     transpose = jax.linear_transpose(jvp, params)
-    return Linearisation(outputs, jvp, lambda cotangent: transpose(cotangent)[0])
+    vjp = with_plain_convolutions(lambda cotangent: transpose(cotangent)[0], outputs)
+    return Linearisation(outputs, with_plain_convolutions(jvp, params), vjp)
 
 
 def linearised(predict: Predict, anchor: Params) -> Predict:

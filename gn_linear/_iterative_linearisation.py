@@ -160,7 +160,7 @@ class _IterativeLinearisation:
         info = state.info
         relinearise = (state.count == 0) | (info.age + 1 >= self.period)
         # A cost-only distinction: with a period known to be 1 the parameters are always at the anchor. A branch at run
-        # time would not do: both sides run under vmap, and XLA on CPU runs convolutions in a branch many times slower.
+        # time would not do: both sides run under vmap.
         if isinstance(self.period, int) and self.period == 1:
             anchor, error = params, info.linearisation_error
             linear = linearise(model, anchor, inputs)

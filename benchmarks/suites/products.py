@@ -2,7 +2,8 @@
 
 Softmax cross-entropy on random data, float32. A loop of products is timed at two lengths: the slope is the price of a
 product, the intercept that of the linearisation. "Rebuilt" products run the forward pass anew in every product
-(`jax.jvp`, then `jax.vjp`), as packages do that do not keep the linearisation.
+(`jax.jvp`, then `jax.vjp`), as packages do that do not keep the linearisation. "Gradient in a loop" is what a plain
+gradient costs inside `fori_loop`, where XLA may compile it otherwise.
 """
 
 import statistics
@@ -119,6 +120,9 @@ def timed_functions(case: Case) -> dict[str, Callable[[], Any]]:
         problem = linearised_problem(case.predict, loss, p, x, targets=y)
         return jax.lax.fori_loop(0, count, lambda _, v: problem.product(v), p)
 
+    def gradients(p: Any, count: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, q: jax.grad(objective)(q, x, y), p)
+
     def rebuilt(p: Any, count: jax.Array, x: jax.Array, y: jax.Array) -> Any:
         def product(_: jax.Array, v: Any) -> Any:
             outputs, tangent = jax.jvp(lambda q: case.predict(q, x), (p,), (v,))
@@ -152,6 +156,8 @@ def timed_functions(case: Case) -> dict[str, Callable[[], Any]]:
     short, long = jnp.int32(SHORT), jnp.int32(LONG)
     return {
         "gradient": bound(jax.grad(objective), params, x, y),
+        "gradients short": bound(gradients, params, short, x, y),
+        "gradients long": bound(gradients, params, long, x, y),
         "kept short": bound(kept, params, short, x, y),
         "kept long": bound(kept, params, long, x, y),
         "rebuilt short": bound(rebuilt, params, short, x, y),
@@ -225,6 +231,7 @@ def prices(seconds: dict[str, float]) -> Row:
 
     return {
         "gradient ms": 1000 * gradient,
+        "gradient in a loop": slope("gradients") / gradient,
         "linearisation": (seconds["kept short"] - SHORT * slope("kept")) / gradient,
         "product": slope("kept") / gradient,
         "rebuilt product": slope("rebuilt") / gradient,

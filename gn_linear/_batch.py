@@ -62,8 +62,8 @@ def checked_params(transform: str, updates: Params, params: Params | None, input
         raise ValueError(f"params is None, but {transform} needs the parameters: call {call}.")
     if inputs is MISSING:
         raise TypeError(
-            f"inputs is missing: {transform} linearises the model on the batch; call {call}. If you do, a wrapper in "
-            "between drops the extra arguments; rebuild it as optax.GradientTransformationExtraArgs(w.init, w.update)."
+            f"inputs is missing: {transform} linearises the model on the batch; call {call}. If what "
+            "calls update leaves no room for the batch, bind it with gn_linear.wrappers.with_batch."
         )
     _tree.check_float_leaves(params, "params")
     _tree.check_float_leaves(updates, "updates")
@@ -97,7 +97,8 @@ def check_state(transform: str, state: Any, kind: type, init: Callable[[Params],
         if have != need:
             raise ValueError(
                 f"state{name} is {have}, but this {transform} needs {need} for these params: it is the state of "
-                "another model or of other settings. Start from init(params), or restore the one saved with them."
+                "another model or of other settings, or a wrapper changed it. Start from init(params), or restore the "
+                "one saved with them."
             )
 
 
@@ -125,8 +126,8 @@ def check_model(transform: str, checksum: jax.Array, params: Params) -> Flag:
             f"{_tree.leaf_name(path)} {np.shape(leaf)}" for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         )
         raise ValueError(
-            f"state.model is not that of params: the state of this {transform} belongs to parameters of other names "
-            f"or shapes than {leaves}. Start from init(params), or restore the state saved with these params."
+            f"state.model is not that of params: the state of this {transform} belongs to parameters of other "
+            f"shapes than {leaves}. Start from init(params), or restore the state saved with these params."
         )
     return same
 

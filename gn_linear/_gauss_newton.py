@@ -60,7 +60,7 @@ class GaussNewtonInfo(NamedTuple):
 
     @property
     def message(self) -> str:
-        """The outcome of the last step in words: how many were refused, and why; outside ``jit`` only."""
+        """What the last step did in words, with how many were refused and why; not for use inside ``jit``."""
         if bool(self.accepted):
             return f"the last step was taken (refused so far: {int(self.skipped)})"
         reason = Refusal(int(self.refusal))
@@ -79,7 +79,7 @@ class GaussNewtonState(NamedTuple):
         damping: the damping policy's state.
         scale: the curvature scale, 0 before the first finite one, shape ().
         solver: the solver's state.
-        model: a checksum of the parameters' names and shapes, so that another model's state is refused, shape ().
+        model: a checksum of the parameters' shapes, so that another model's state is refused, shape ().
         info: what the last update did.
     """
 

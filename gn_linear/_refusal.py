@@ -20,19 +20,19 @@ class Refusal(enum.IntEnum):
     NONE = 0
     """The step was taken."""
     STATE = 1
-    """The state belongs to parameters of other shapes or names."""
+    """The state belongs to parameters of other shapes."""
     OBJECTIVE = 2
     """The objective at the parameters is not finite."""
     GRADIENT = 3
     """The incoming gradient is not finite."""
     SOLVER = 4
-    """The inner solver found no step: no positive curvature, or a product that is not finite."""
+    """The inner solver found no step, for want of positive curvature or of finite products."""
     STEP = 5
     """The step is not finite."""
     TRIAL = 6
     """The objective at the trial point is not finite."""
     ROUNDING = 7
-    """The objective would rise by less than its own rounding: nothing is left to gain on this batch."""
+    """The objective would rise by less than its own rounding, so nothing is left to gain on this batch."""
     INCREASE = 8
     """The objective would rise, also after halving the step."""
 
@@ -40,7 +40,7 @@ class Refusal(enum.IntEnum):
 ADVICE = {
     Refusal.NONE: "the step was taken",
     Refusal.STATE: (
-        "the state belongs to parameters of other shapes or names; start from init(params), or restore the state that "
+        "the state belongs to parameters of other shapes; start from init(params), or restore the state that "
         "was saved with these parameters"
     ),
     Refusal.OBJECTIVE: (

@@ -7,7 +7,7 @@ loop carries keep their types and strict dtype promotion is respected.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from optax import MaskedNode
 
-from gn_linear._typing import Flag, Params, Scalar
+from gn_linear._typing import Flag, Params, Scalar, shown, with_article
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -169,20 +169,41 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path) or "(the whole tree)"
 
 
+def leaf_label(path: tuple[Any, ...], alone: str = "the array") -> str:
+    """A leaf as messages call it: ``leaf ['w']``, or the other words where the tree is a single leaf."""
+    return f"leaf {jax.tree_util.keystr(path)}" if path else alone
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest
+
+
+_ADVICE = {
+    "the outputs of predict": "Let predict return what the loss compares with targets (logits, not labels), no more.",
+    "updates": "Pass the gradient of the loss with respect to params, as jax.grad returns it.",
+}
+_KEEP_OUT = "Keep what is not trained out of the tree (close over it in predict, or pass it in inputs)."
+
+
 def check_float_leaves(tree: Params, argument: str) -> None:
     """Raise a TypeError that names the first leaf which is not a real floating-point array."""
+    advice = _ADVICE.get(argument, _KEEP_OUT)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
             raise TypeError(
-                f"{argument}: leaf {leaf_name(path)} is a {type(leaf).__name__}; every leaf must be a float array. "
-                "Keep what is not trained out of it (close over it in predict, or pass it in inputs)."
+                f"{argument}: {leaf_label(path, 'it')} is {shown(leaf)}; every leaf must be a float array. {advice}"
             )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                advice = "Split complex numbers into real and imaginary parts."
+            elif advice is _KEEP_OUT:
+                advice = f"Make it float (1.0 for 1) if it is trained. {_KEEP_OUT}"
             raise TypeError(
-                f"{argument}: leaf {leaf_name(path)} has dtype {dtype}; every leaf must be a real float array. "
-                "Keep what is not trained out of it (close over it in predict, or pass it in inputs); "
-                "split complex parameters into real and imaginary parts."
+                f"{argument}: {leaf_label(path)} has dtype {dtype}; every leaf must be a real float array. {advice}"
             )
 
 
@@ -191,22 +212,84 @@ def check_same_shapes(tree: Params, like: Params, argument: str, like_argument: 
     structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if structure != expected:
         raise ValueError(
-            f"{argument} and {like_argument} must have the same tree structure; {argument} has {structure} and "
-            f"{like_argument} has {expected}."
+            f"{argument} and {like_argument} must have the same tree structure, but "
+            f"{difference(tree, like, argument, like_argument)}."
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True)
     for (path, leaf), other in pairs:
         if np.shape(leaf) != np.shape(other):
             raise ValueError(
-                f"{argument}: leaf {leaf_name(path)} has shape {np.shape(leaf)}, but {like_argument} has shape "
+                f"{argument}: {leaf_label(path)} has shape {np.shape(leaf)}, but {like_argument} has shape "
                 f"{np.shape(other)} there; they must be the same."
             )
 
 
+_ABSENT = object()
+
+
+def difference(tree: Params, like: Params, argument: str, like_argument: str) -> str:
+    """Where two trees of different structures part, in words: the first path that differs, and what is there.
+
+    Args:
+        tree: a tree.
+        like: a tree of another structure.
+        argument: the name of the first.
+        like_argument: the name of the second.
+
+    Returns:
+        Half a sentence.
+    """
+    path, ours, theirs = _parting(tree, like)
+    ours, theirs = described(ours), described(theirs)
+    if ours == theirs:
+        return f"{path or 'each'} is {ours} of other static fields in {argument} than in {like_argument}"
+    if not path:
+        return f"got {ours} as {argument} and {theirs} as {like_argument}"
+    return f"{path} is {ours} in {argument} and {theirs} in {like_argument}"
+
+
+def _parting(tree: Any, like: Any, path: str = "") -> tuple[str, Any, Any]:
+    ours, theirs = _children(tree), _children(like)
+    if _node(tree) == _node(like):
+        for key, child in ours.items():
+            if jax.tree.structure(child) != jax.tree.structure(theirs[key]):
+                return _parting(child, theirs[key], path + key)
+    if type(tree) is type(like):
+        for key in [*theirs, *ours]:
+            if (key in ours) != (key in theirs):
+                return path + key, ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
+    return path, tree, like
+
+
+def _node(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda x: x is not tree)
+
+
+def _children(tree: Any) -> dict[str, Any]:
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    return {jax.tree_util.keystr(path): child for path, child in pairs if path}
+
+
+def described(tree: Any) -> str:
+    """What stands at the root of a tree, in words."""
+    if tree is _ABSENT:
+        return "missing"
+    if _is_hole(tree):
+        return "a hole of optax.masked or optax.partition"
+    if tree is None or jax.tree_util.all_leaves([tree]):
+        typed = hasattr(tree, "dtype") and hasattr(tree, "shape")
+        return with_article(f"{tree.dtype} array of shape {tree.shape}") if typed else shown(tree)
+    kind = with_article(type(tree).__name__)
+    if isinstance(tree, Mapping):
+        return f"{kind} with keys {few(map(repr, tree))}" if tree else f"{kind} without keys"
+    return f"{kind} of {len(tree)}" if isinstance(tree, (tuple, list)) else kind
+
+
 def checksum(tree: Params) -> jax.Array:
-    """A number that two trees share if their leaves have the same names and shapes, and hardly ever otherwise."""
-    leaves = [(leaf_name(path), np.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    return jnp.asarray(np.uint32(zlib.crc32(repr(leaves).encode())))
+    """A number that two trees share if their leaves have the same shapes in the same order, and hardly ever otherwise."""
+    # Without names: some frameworks call the same leaf differently in init and in update.
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.asarray(np.uint32(zlib.crc32(repr(shapes).encode())))
 
 
 def is_flattened(vector: Params, full: Params) -> bool:

@@ -1,6 +1,7 @@
-"""Shared type aliases, and the check that every numeric argument passes."""
+"""Shared type aliases, the check that every numeric argument passes, and how error messages show a value."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -36,13 +37,54 @@ Number: TypeAlias = float | int | Shaped[Array, ""]
 """A real number that may be traced."""
 
 
-def check_number(value: Any, argument: str, *, positive: bool = False) -> float | None:
+LONGEST_REPR = 80
+
+
+def shown(value: Any) -> str:
+    """A value as error messages show it: on one line, without addresses, arrays by dtype and shape.
+
+    Args:
+        value: anything.
+
+    Returns:
+        Its text, with its type where that is not plain to see.
+    """
+    name = getattr(value, "__name__", None)
+    if isinstance(value, type):
+        return f"the class {name} (call it first)"
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return _shown_array(value)
+    if callable(value) and name:
+        return f"the function {name}"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
+    kind = type(value).__name__
+    if len(text) > LONGEST_REPR:
+        text = f"{text[: LONGEST_REPR - 3]}..."
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, np.generic)) or text.startswith(kind)
+    return text if plain else f"{text} ({with_article(kind)})"
+
+
+def _shown_array(value: Any) -> str:
+    kind = f"{value.dtype} array of shape {value.shape}"
+    try:
+        return f"{np.asarray(value)} ({with_article(kind)})" if value.ndim == 0 else with_article(kind)
+    except jax.errors.TracerArrayConversionError:
+        return f"a traced {kind}"
+
+
+def with_article(noun: str) -> str:
+    """The noun behind ``a`` or ``an``."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
+def check_number(value: Any, argument: str, *, positive: bool = False, also: str = "") -> float | None:
     """Raise unless a number is real, finite and not negative (or positive); traced values cannot be checked.
 
     Args:
         value: the number; a traced one passes.
         argument: its name, for the message.
         positive: whether zero is refused as well.
+        also: what else the argument may be, for the message.
 
     Returns:
         Its value; None if it is traced.
@@ -51,18 +93,18 @@ def check_number(value: Any, argument: str, *, positive: bool = False) -> float 
         TypeError: it is not a real scalar.
         ValueError: it is out of range.
     """
-    kind = "a positive finite number" if positive else "a finite number that is not negative"
+    kind = ("a positive finite number" if positive else "a finite number that is not negative") + also
     if isinstance(value, (bool, str)) or value is None or (not np.isscalar(value) and np.shape(value) != ()):
-        raise TypeError(f"{argument} must be {kind}, but is {value!r} (a {type(value).__name__}).")
+        raise TypeError(f"{argument} must be {kind}, but is {shown(value)}.")
     scalar: Any = value
     try:
         number = float(scalar)
     except jax.errors.ConcretizationTypeError:
         return None
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{argument} must be {kind}, but is {value!r}.") from error
+        raise TypeError(f"{argument} must be {kind}, but is {shown(value)}.") from error
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        raise ValueError(f"{argument} must be {kind}, but is {value!r}.")
+        raise ValueError(f"{argument} must be {kind}, but is {shown(value)}.")
     return number
 
 
@@ -79,6 +121,6 @@ def check_count(value: Any, argument: str, *, minimum: int = 1) -> None:
         ValueError: it is too small.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{argument} must be an int, since it sets the size of arrays or loops, but is {value!r}.")
+        raise TypeError(f"{argument} must be an int, since it sets the size of arrays or loops, but is {shown(value)}.")
     if value < minimum:
         raise ValueError(f"{argument} must be at least {minimum}, but is {value}.")

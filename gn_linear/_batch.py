@@ -87,8 +87,8 @@ def check_state(transform: str, state: Any, kind: type, init: Callable[[Params],
     """
     if not isinstance(state, kind):
         raise TypeError(
-            f"state must be the {kind.__name__} that init or the last update of this {transform} returned, but is a "
-            f"{type(state).__name__}."
+            f"state must be the {kind.__name__} that init or the last update of this {transform} returned, but is "
+            f"{_tree.described(state)}."
         )
     expected = _named_leaves(jax.eval_shape(init, params))
     found = _named_leaves(state)
@@ -96,7 +96,7 @@ def check_state(transform: str, state: Any, kind: type, init: Callable[[Params],
         have, need = (_kind_of(leaves[name]) if name in leaves else "nothing" for leaves in (found, expected))
         if have != need:
             raise ValueError(
-                f"state{name} is {have}, but this {transform} needs {need} for these params: it is the state of "
+                f"state{name} is {have}, but this {transform} needs {need} there for these params: it is the state of "
                 "another model or of other settings, or a wrapper changed it. Start from init(params), or restore the "
                 "one saved with them."
             )
@@ -122,8 +122,9 @@ def check_model(transform: str, checksum: jax.Array, params: Params) -> Flag:
     except jax.errors.ConcretizationTypeError:
         return same
     if not known:
-        leaves = ", ".join(
-            f"{_tree.leaf_name(path)} {np.shape(leaf)}" for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        leaves = _tree.few(
+            f"{_tree.leaf_label(path)} of shape {np.shape(leaf)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         )
         raise ValueError(
             f"state.model is not that of params: the state of this {transform} belongs to parameters of other "
@@ -157,18 +158,27 @@ def whole_model(predict: Predict, params: Params, full_params: Params | None) ->
     """
     if _tree.has_holes(params):
         if full_params is None:
-            holes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-            names = [_tree.leaf_name(path) for path, leaf in holes if isinstance(leaf, optax.MaskedNode)]
             raise ValueError(
-                f"full_params is missing: params come without {', '.join(names)} (optax.masked or optax.partition took "
+                f"full_params is missing: params come without {_missing(params)} (optax.masked or optax.partition took "
                 "them out), and the model needs all of them; call update(..., inputs=x, targets=y, full_params=params)."
+            )
+        if _tree.has_holes(full_params):
+            raise ValueError(
+                f"full_params come without {_missing(full_params)}, but must hold all parameters; leave "
+                "mask_compatible_extra_args of optax.masked and optax.partition at False."
             )
         return lambda part, inputs: predict(_tree.fill_holes(part, full_params), inputs)
     if full_params is not None and _tree.is_flattened(params, full_params):
         return lambda vector, inputs: predict(_tree.unflatten(vector, full_params), inputs)
-    if full_params is None and np.ndim(params) == 1:
+    if full_params is None and _tree.is_vector(params):
         return _with_hint_of_flattening(predict)
     return predict
+
+
+def _missing(tree: Params) -> str:
+    holes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    names = [jax.tree_util.keystr(path) for path, leaf in holes if isinstance(leaf, optax.MaskedNode)]
+    return _tree.few(names) if any(names) else "any leaf"
 
 
 def _with_hint_of_flattening(predict: Predict) -> Predict:

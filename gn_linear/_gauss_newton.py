@@ -16,7 +16,7 @@ from gn_linear import _tree
 from gn_linear import damping as damping_policies
 from gn_linear._batch import MISSING, check_keywords, check_model, check_state, checked_params, whole_model
 from gn_linear._refusal import ADVICE, Refusal, first_reason
-from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number
+from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number, shown
 from gn_linear._xla_cpu import fence
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
@@ -172,11 +172,11 @@ def gauss_newton(
     objective = from_convex(loss)
     policy = damping_policies.as_policy(damping)
     if not callable(predict):
-        raise TypeError(f"predict must be a function predict(params, inputs), but is {predict!r}.")
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be one of gn_linear.solvers, but is {solver!r}.")
+        raise TypeError(f"solver must be one of gn_linear.solvers, such as CG(), but is {shown(solver)}.")
     if not callable(learning_rate):
-        check_number(learning_rate, "learning_rate")
+        check_number(learning_rate, "learning_rate", also=", or a schedule")
     check_l2(l2)
     transform = _GaussNewton(predict, objective, solver, policy, learning_rate, l2)
     return optax.GradientTransformationExtraArgs(transform.init, transform.update)
@@ -261,7 +261,7 @@ class _GaussNewton:
 
         def judge(step: Params) -> _Trial:
             point = optax.apply_updates(params, step)
-            reached = self.loss(fence(model(point, inputs)), targets) + penalty(coefficient, point)
+            reached = _tree.total(self.loss(fence(model(point, inputs)), targets), penalty(coefficient, point))
             trial = _judge(problem, rhs, step, reached, self.policy.adaptive)
             lost = hopeless != Refusal.NONE
             return trial._replace(
@@ -307,7 +307,7 @@ def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> 
 def _damping_unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scalar:
     """The curvature scale, or while there is none (Huber with outliers alone) what the loss itself suggests."""
     size = _tree.norm(rhs)
-    guess = (size * (size / problem.objective)).astype(scale.dtype)
+    guess = size * (size / problem.objective.astype(size.dtype))
     return jnp.where((scale > 0) | ~jnp.isfinite(guess), scale, jnp.maximum(guess, jnp.zeros_like(guess)))
 
 
@@ -315,7 +315,7 @@ def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objec
     """Compare what the step did with what the quadratic model promised."""
     step = _tree.to_solve(emitted)
     predicted, rest = problem.reductions(rhs, step)
-    actual = problem.objective - trial_objective - rest
+    actual = _tree.total(problem.objective, -trial_objective, -rest)
     exact = actual == predicted
     ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
     # Some roundings of the terms: a change below them cannot be told from none.

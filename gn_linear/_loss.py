@@ -1,6 +1,7 @@
 """What every loss in output space has in common: reductions, checks, and its derivative in closed form."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -96,7 +97,7 @@ class Loss:
         for (path, out), target in zip(
             jax.tree_util.tree_leaves_with_path(outputs), jax.tree.leaves(targets), strict=True
         ):
-            self._check_leaf(_tree.leaf_name(path), out, target)
+            self._check_leaf(_tree.leaf_label(path), out, target)
         return targets
 
     def _check_leaf(self, name: str, outputs: Any, targets: Any) -> None:
@@ -204,12 +205,16 @@ def _dense_tangent(tangent: Any, primal: Any) -> Any:
 _value.defjvp(_value_jvp, symbolic_zeros=True)
 
 
-def check_structure(outputs: Outputs, targets: Targets) -> None:
-    got, expected = jax.tree.structure(targets), jax.tree.structure(outputs)
-    if got != expected:
+def check_structure(outputs: Outputs, targets: Targets, argument: str = "targets") -> None:
+    if jax.tree.structure(targets) != jax.tree.structure(outputs):
+        name, hint = argument.split()[-1], ""
+        if jax.tree_util.all_leaves([outputs]) and isinstance(targets, list):
+            hint = f" A list is a tree of its items; pass jnp.asarray({name})."
+        elif jax.tree_util.all_leaves([outputs]) and isinstance(targets, tuple) and len(targets) == 2:
+            hint = " A pair (targets, weights) is for a loss of gnl.losses.weighted."
         raise ValueError(
-            "targets must have the tree structure of the outputs of predict; targets have "
-            f"{got} and the outputs have {expected}."
+            f"{argument} must have the tree structure of the outputs of predict, but "
+            f"{_tree.difference(targets, outputs, name, 'the outputs')}.{hint}"
         )
 
 
@@ -218,7 +223,7 @@ def _shape_message(loss: Loss, name: str, outputs: Any, targets: Any) -> str:
     if np.size(outputs) == np.size(targets):
         hint = f"Use targets.reshape({np.shape(outputs)}), or drop the axis in predict; nothing is broadcast."
     return (
-        f"targets: leaf {name} has shape {np.shape(targets)}, but the outputs of predict have shape "
+        f"targets: {name} has shape {np.shape(targets)}, but the outputs of predict have shape "
         f"{np.shape(outputs)} there; {type(loss).__name__} needs the same shape. {hint}"
     )
 
@@ -227,10 +232,10 @@ def block_roots(product: Product, outputs: Outputs) -> jax.Array:
     """Square roots (n, c, c) of the Hessian's blocks, one for each example, from c products."""
     if not isinstance(outputs, jax.Array):
         raise NotImplementedError(
-            "loss: the Hessian square root of a plain callable is offered for a single output array; the outputs are "
-            f"{jax.tree.structure(outputs)}. Use a loss of gnl.losses, or concatenate the outputs."
+            "loss: the Hessian square root of a plain callable is offered for a single output array, a jax.Array; the "
+            f"outputs are {_tree.described(outputs)}. Use a loss of gnl.losses, or concatenate the outputs."
         )
-    n, columns = outputs.shape[0], outputs.size // max(outputs.shape[0], 1)
+    n, columns = outputs.shape[0], math.prod(outputs.shape[1:])
 
     def column(unit: jax.Array) -> jax.Array:
         rows = jnp.broadcast_to(unit, (n, columns)).reshape(outputs.shape).astype(outputs.dtype)
@@ -243,5 +248,5 @@ def block_roots(product: Product, outputs: Outputs) -> jax.Array:
 
 def blockwise(blocks: jax.Array, vector: jax.Array) -> jax.Array:
     """The product of a matrix (n, c, c) for each example with its outputs, shaped like them."""
-    rows = widen(vector).reshape(blocks.shape[0], -1)
+    rows = widen(vector).reshape(blocks.shape[:2])
     return jnp.einsum("nij,nj->ni", blocks, rows).reshape(vector.shape).astype(vector.dtype)

@@ -87,6 +87,12 @@ def map_scalars(fn: Callable[..., Any], *trees: Params) -> Scalar:
     return functools.reduce(jnp.add, terms, jnp.zeros([], dtype))
 
 
+def total(*terms: Scalar) -> Scalar:
+    """The sum of scalars in the widest of their dtypes, at least float32."""
+    dtype = scalar_dtype(terms)
+    return functools.reduce(jnp.add, [term.astype(dtype) for term in terms])
+
+
 def _leaf_dot(x: jax.Array, y: jax.Array) -> jax.Array:
     dtype = at_least_float32(max((x.dtype, y.dtype), key=lambda d: jnp.finfo(d).bits))
     # Not a dot product: that would lower the precision on accelerators and refuses explicitly sharded axes.
@@ -164,11 +170,6 @@ def all_finite(tree: Params) -> Flag:
     return functools.reduce(jnp.logical_and, flags, jnp.ones([], bool))
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """A readable name of a leaf: ``['layer']['w']``, or ``(the whole tree)`` for a bare array."""
-    return jax.tree_util.keystr(path) or "(the whole tree)"
-
-
 def leaf_label(path: tuple[Any, ...], alone: str = "the array") -> str:
     """A leaf as messages call it: ``leaf ['w']``, or the other words where the tree is a single leaf."""
     return f"leaf {jax.tree_util.keystr(path)}" if path else alone
@@ -182,7 +183,7 @@ def few(names: Iterable[str], most: int = 5) -> str:
 
 
 _ADVICE = {
-    "the outputs of predict": "Let predict return what the loss compares with targets (logits, not labels), no more.",
+    "the outputs of predict": "Let predict return what the loss compares with targets (logits, not labels).",
     "updates": "Pass the gradient of the loss with respect to params, as jax.grad returns it.",
 }
 _KEEP_OUT = "Keep what is not trained out of the tree (close over it in predict, or pass it in inputs)."
@@ -276,17 +277,20 @@ def described(tree: Any) -> str:
         return "missing"
     if _is_hole(tree):
         return "a hole of optax.masked or optax.partition"
-    if tree is None or jax.tree_util.all_leaves([tree]):
+    if tree is None:
+        return "None"
+    if jax.tree_util.all_leaves([tree]):
         typed = hasattr(tree, "dtype") and hasattr(tree, "shape")
         return with_article(f"{tree.dtype} array of shape {tree.shape}") if typed else shown(tree)
     kind = with_article(type(tree).__name__)
     if isinstance(tree, Mapping):
         return f"{kind} with keys {few(map(repr, tree))}" if tree else f"{kind} without keys"
-    return f"{kind} of {len(tree)}" if isinstance(tree, (tuple, list)) else kind
+    plain = isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields")
+    return f"{kind} of {len(tree)}" if plain else kind
 
 
 def checksum(tree: Params) -> jax.Array:
-    """A number that two trees share if their leaves have the same shapes in the same order, and hardly ever otherwise."""
+    """A number that two trees share if their leaves have the same shapes in the same order, and hardly ever else."""
     # Without names: some frameworks call the same leaf differently in init and in update.
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.asarray(np.uint32(zlib.crc32(repr(shapes).encode())))
@@ -294,8 +298,14 @@ def checksum(tree: Params) -> jax.Array:
 
 def is_flattened(vector: Params, full: Params) -> bool:
     """Whether ``vector`` is what ``optax.flatten`` makes of ``full``."""
-    same_structure = jax.tree.structure(vector) == jax.tree.structure(full)
-    return not same_structure and np.shape(vector) == (sum(np.size(leaf) for leaf in jax.tree.leaves(full)),)
+    if not is_vector(vector) or is_vector(full):
+        return False
+    return np.shape(vector) == (sum(np.size(leaf) for leaf in jax.tree.leaves(full)),)
+
+
+def is_vector(tree: Params) -> bool:
+    """Whether the tree is one array with one axis."""
+    return jax.tree_util.all_leaves([tree]) and np.ndim(tree) == 1
 
 
 def unflatten(vector: jax.Array, like: Params) -> Params:

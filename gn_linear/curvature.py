@@ -7,6 +7,7 @@ product. This is the only module that knows both :math:`J` and :math:`H`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,9 @@ class LinearisedProblem:
     def quadratic(self, vector: Params) -> Scalar:
         """``v^T G v`` by one Jacobian-vector product; never negative for a convex loss."""
         tangent = self.linearisation.jvp(_tree.cast_like(vector, self.params))
-        return _tree.dot(tangent, self.hessian.product(tangent)) + _tree.dot(vector, l2_times(self.l2, vector))
+        return _tree.total(
+            _tree.dot(tangent, self.hessian.product(tangent)), _tree.dot(vector, l2_times(self.l2, vector))
+        )
 
     def reductions(self, rhs: Params, step: Params) -> Reductions:
         """Predicted reduction of the objective along a step, for any right-hand side.
@@ -74,18 +77,18 @@ class LinearisedProblem:
         """
         tangent = self.linearisation.jvp(_tree.cast_like(step, self.params))
         penalty = l2_times(self.l2, step)
-        curvature = _tree.dot(tangent, self.hessian.product(tangent)) + _tree.dot(step, penalty)
+        curvature = _tree.total(_tree.dot(tangent, self.hessian.product(tangent)), _tree.dot(step, penalty))
         slope = _tree.dot(rhs, step)
-        own = _tree.dot(self.output_gradient, tangent) + _tree.dot(_tree.to_solve(self.params), penalty)
-        return Reductions(predicted=-(slope + 0.5 * curvature), rest=slope - own)
+        own = _tree.total(_tree.dot(self.output_gradient, tangent), _tree.dot(_tree.to_solve(self.params), penalty))
+        return Reductions(predicted=-_tree.total(slope, 0.5 * curvature), rest=_tree.total(slope, -own))
 
     def diagonal(self) -> Params:
         """The exact diagonal of ``G``, by as many products as there are parameters or outputs, whichever is fewer."""
-        flat, unravel = ravel_pytree(_tree.solve_zeros(self.params))
+        flat, unravel = _raveled(_tree.solve_zeros(self.params))
         if flat.size <= self.output_size:
             columns = jax.lax.map(lambda unit: self.quadratic(unravel(unit)), jnp.eye(flat.size, dtype=flat.dtype))
             return unravel(columns.astype(flat.dtype))
-        outputs, unravel_outputs = ravel_pytree(self.linearisation.outputs)
+        outputs, unravel_outputs = _raveled(self.linearisation.outputs)
         squares = jax.lax.map(
             lambda unit: self._squared_pullback(unravel_outputs(unit)), jnp.eye(outputs.size, dtype=outputs.dtype)
         )
@@ -149,9 +152,15 @@ def linearised_problem(
         linearisation=linearisation,
         hessian=loss.hessian(linearisation.outputs, targets),
         output_gradient=loss.gradient(linearisation.outputs, targets),
-        objective=loss(linearisation.outputs, targets) + penalty(l2, params),
+        objective=_tree.total(loss(linearisation.outputs, targets), penalty(l2, params)),
         l2=l2,
     )
+
+
+def _raveled(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+    """``ravel_pytree``, which promotes leaves of different dtypes to the widest, under strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return ravel_pytree(tree)
 
 
 def penalty(l2: Any, params: Params) -> Scalar:
@@ -182,7 +191,7 @@ def fit_l2(l2: Any, params: Params) -> Any:
     cut = _tree.cut_holes(l2, params)
     if jax.tree.structure(cut) != jax.tree.structure(params):
         raise ValueError(
-            "l2 must be a number or a pytree of numbers with the structure of params; l2 has "
-            f"{jax.tree.structure(cut)} and params have {jax.tree.structure(params)}."
+            "l2 must be a number or a pytree of numbers with the structure of params, but "
+            f"{_tree.difference(cut, params, 'l2', 'params')}."
         )
     return cut

@@ -1,6 +1,6 @@
 """Second-order optimisation for JAX: damped Gauss-Newton and iterative linearisation as optax transforms."""
 
-from gn_linear import damping, losses, preconditioners, solvers, wrappers
+from gn_linear import damping, filters, losses, preconditioners, solvers, wrappers
 from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState, gauss_newton
 from gn_linear._inspect import anchor, info
 from gn_linear._iterative_linearisation import (
@@ -22,6 +22,7 @@ __all__ = [
     "Refusal",
     "anchor",
     "damping",
+    "filters",
     "gauss_newton",
     "info",
     "iterative_linearisation",

@@ -72,8 +72,11 @@ def _find(state: Any, kinds: tuple[type, ...]) -> Any:
     found = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves if isinstance(leaf, kinds)]
     names = " or ".join(kind.__name__ for kind in kinds)
     if not found:
-        raise ValueError(f"state holds no {names}; it is a {type(state).__name__}. Pass the optimiser's whole state.")
+        raise ValueError(
+            f"state holds no {names}; it is {_tree.described(state)}. Pass the whole state of an optimiser that holds "
+            "one."
+        )
     if len(found) > 1:
         paths = ", ".join(f"{path} ({type(leaf).__name__})" for path, leaf in found)
-        raise ValueError(f"state holds several of {names}: {paths}. Pass the one that you mean.")
+        raise ValueError(f"state holds several of {names}: {paths}. Pass the one that you mean, such as {found[0][0]}.")
     return found[0][1]

@@ -6,7 +6,7 @@ of steps is training of the model linearised at its initialisation; in between, 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 from gn_linear import _tree
 from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, whole_model
 from gn_linear._linearise import linearise
-from gn_linear._typing import Count, Flag, Params, Predict, Scalar
+from gn_linear._typing import Count, Flag, Params, Predict, Scalar, shown
 from gn_linear._xla_cpu import fence
 from gn_linear.curvature import check_l2, fit_l2, l2_times
 from gn_linear.losses import Loss, from_convex
@@ -113,7 +113,7 @@ def iterative_linearisation(
     """
     objective = from_convex(loss)
     if not callable(predict):
-        raise TypeError(f"predict must be a function predict(params, inputs), but is {predict!r}.")
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
     _check_period(period)
     check_l2(l2)
     transform = _IterativeLinearisation(predict, objective, period, l2)
@@ -177,12 +177,16 @@ class _IterativeLinearisation:
 
 
 def _check_period(period: Any) -> None:
-    scalar = np.shape(period) == () and not isinstance(period, (bool, str))
+    scalar = not isinstance(period, (bool, str)) and not callable(period) and np.shape(period) == ()
     if not scalar or not jnp.issubdtype(jnp.result_type(period), jnp.integer):
-        hint = " A schedule must return integers." if isinstance(period, jax.Array) or callable(period) else ""
-        raise TypeError(f"period must be an int or an integer array of shape (), but is {period!r}.{hint}")
+        hint = ""
+        if isinstance(period, jax.Array) and period.shape == ():
+            hint = " A schedule must return integers."
+        elif callable(period):
+            hint = " Wrap the transform in optax.inject_hyperparams to give it a schedule, which must return integers."
+        raise TypeError(f"period must be an int or an integer array of shape (), but is {shown(period)}.{hint}")
     try:
-        steps = int(period)
+        steps = int(cast(Any, period))
     except jax.errors.ConcretizationTypeError:
         return
     if steps < 1:

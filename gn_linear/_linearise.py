@@ -122,6 +122,6 @@ def _check_outputs(outputs: Outputs) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
         if np.ndim(leaf) == 0:
             raise ValueError(
-                f"the outputs of predict: leaf {_tree.leaf_name(path)} is a scalar; outputs need a leading axis of "
-                "examples. predict returns the model's outputs, not the loss: the loss is an argument of its own."
+                f"the outputs of predict: {_tree.leaf_label(path)} is a scalar, of shape (); outputs need a leading "
+                "axis of examples. predict returns the model's outputs, not the loss, which is an argument of its own."
             )

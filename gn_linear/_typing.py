@@ -57,6 +57,7 @@ def shown(value: Any) -> str:
     if callable(value) and name:
         return f"the function {name}"
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
+    text = re.sub(r"<function ([^ >]+)>", r"\1", text)
     kind = type(value).__name__
     if len(text) > LONGEST_REPR:
         text = f"{text[: LONGEST_REPR - 3]}..."

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
-from gn_linear._typing import Count, Flag, Number, Scalar, check_number
+from gn_linear._typing import Count, Flag, Number, Scalar, check_number, shown
 
 __all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Policy", "Schedule"]
 
@@ -100,7 +100,7 @@ class Constant(Policy):
     value: Number
 
     def __post_init__(self) -> None:
-        check_number(self.value, "damping")
+        check_number(self.value, "damping", also=", or a policy of gn_linear.damping")
 
     def damping(self, state: DampingState, scale: Scalar, count: Count) -> Scalar:
         """The value, in the dtype of the solve."""
@@ -128,7 +128,7 @@ class Schedule(Policy):
 
     def __post_init__(self) -> None:
         if not callable(self.schedule):
-            raise TypeError(f"schedule must be a function of the step count, but is {self.schedule!r}.")
+            raise TypeError(f"schedule must be a function of the step count, but is {shown(self.schedule)}.")
 
     def damping(self, state: DampingState, scale: Scalar, count: Count) -> Scalar:
         """The schedule's multiple at this step, times the scale."""
@@ -174,10 +174,13 @@ class LevenbergMarquardt(Policy):
             check_number(getattr(self, name), name, positive=True) for name in ("initial", "minimum", "maximum")
         )
         if maximum is not None and maximum > LARGEST:
-            raise ValueError(f"maximum must be at most {LARGEST}, to be finite in float32, but is {self.maximum!r}.")
+            raise ValueError(
+                f"maximum must be at most {LARGEST}, to be finite in float32, but is {shown(self.maximum)}."
+            )
         if initial is not None and minimum is not None and maximum is not None and not minimum <= initial <= maximum:
             raise ValueError(
-                f"minimum <= initial <= maximum must hold, but they are {minimum!r}, {initial!r} and {maximum!r}."
+                f"minimum <= initial <= maximum must hold, but minimum is {minimum!r}, initial is {initial!r} and "
+                f"maximum is {maximum!r}."
             )
 
     def init(self, dtype: Any) -> DampingState:

@@ -27,7 +27,7 @@ from gn_linear._loss import (
     check_structure,
     widen,
 )
-from gn_linear._typing import Number, Outputs, Scalar, Targets, check_number
+from gn_linear._typing import Number, Outputs, Scalar, Targets, check_number, shown
 
 __all__ = [
     "FromConvex",
@@ -95,8 +95,8 @@ class SoftmaxCrossEntropy(Loss):
     def _check_leaf(self, name: str, outputs: Any, targets: Any) -> None:
         if np.ndim(outputs) < 2 or np.shape(outputs)[-1] < 2:
             raise ValueError(
-                f"the outputs of predict: leaf {name} has shape {np.shape(outputs)}, but softmax_cross_entropy needs "
-                "(n, ..., c) with at least two classes c on the last axis. For one logit an output use "
+                f"the outputs of predict: {name} has shape {np.shape(outputs)}, but softmax_cross_entropy needs "
+                "(n, ..., c) with at least two classes c on the last axis. For one logit per output use "
                 "sigmoid_binary_cross_entropy."
             )
         integer = jnp.issubdtype(jnp.result_type(targets), jnp.integer)
@@ -104,7 +104,7 @@ class SoftmaxCrossEntropy(Loss):
             return
         if np.shape(targets) != np.shape(outputs):
             raise ValueError(
-                f"targets: leaf {name} has shape {np.shape(targets)} and dtype {jnp.result_type(targets)}, but the "
+                f"targets: {name} has shape {np.shape(targets)} and dtype {jnp.result_type(targets)}, but the "
                 f"outputs of predict have shape {np.shape(outputs)} there; softmax_cross_entropy needs integer labels "
                 f"of shape {np.shape(outputs)[:-1]}, or one-hot targets of shape {np.shape(outputs)}."
             )
@@ -248,18 +248,19 @@ class Weighted(Loss):
     def _matched(self, outputs: Outputs, targets: Targets) -> Targets:
         if not (isinstance(targets, (tuple, list)) and len(targets) == 2):
             raise ValueError(
-                f"targets: weighted needs the pair targets=(targets, weights), but got a {type(targets).__name__}."
+                f"targets: weighted needs the pair targets=(targets, weights), but got {_tree.described(targets)}."
             )
         inner, weights = targets
         inner = self.loss._matched(outputs, inner)
-        check_structure(outputs, weights)
+        check_structure(outputs, weights, "targets: weights")
         for (path, out), weight in zip(
             jax.tree_util.tree_leaves_with_path(outputs), jax.tree.leaves(weights), strict=True
         ):
             if np.shape(weight) != np.shape(out)[:1]:
+                leaf = f" of {_tree.leaf_label(path)}" if path else ""
                 raise ValueError(
-                    f"targets: the weights of leaf {_tree.leaf_name(path)} have shape {np.shape(weight)}, but the "
-                    f"outputs have shape {np.shape(out)} there; weights need shape {np.shape(out)[:1]}, one an example."
+                    f"targets: the weights{leaf} have shape {np.shape(weight)}, but the outputs "
+                    f"have shape {np.shape(out)} there; weights need shape {np.shape(out)[:1]}, one per example."
                 )
         return jax.tree.map(lambda _, target, weight: _WeightedTargets(target, weight), outputs, inner, weights)
 
@@ -333,10 +334,11 @@ class FromConvex(Loss):
         value = jnp.asarray(self.fn(outputs, targets))
         rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(outputs)}
         if not jnp.issubdtype(value.dtype, jnp.floating) or (value.ndim and value.shape not in {(n,) for n in rows}):
+            hint = " Check whether outputs and targets were broadcast against each other." if value.ndim else ""
             raise ValueError(
-                f"loss: {getattr(self.fn, '__name__', self.fn)} returned shape {value.shape} and dtype {value.dtype} "
-                f"for outputs of shape {[np.shape(leaf) for leaf in jax.tree.leaves(outputs)]}; it must return a float "
-                "scalar, or one float per example. Check whether outputs and targets were broadcast against each other."
+                f"loss: {shown(self.fn)} returned shape {value.shape} and dtype {value.dtype} for outputs of shape "
+                f"{_tree.few(str(np.shape(leaf)) for leaf in jax.tree.leaves(outputs))}; it must return a float "
+                f"scalar, or one float per example.{hint}"
             )
         return jnp.mean(widen(value))
 
@@ -417,7 +419,7 @@ def weighted(loss: Loss) -> Weighted:
     """
     if not isinstance(loss, Loss) or isinstance(loss, FromConvex):
         raise TypeError(
-            f"loss: weighted takes a loss of gnl.losses, but got {loss!r}; put the weights of a plain callable "
+            f"loss: weighted takes a loss of gnl.losses, but got {shown(loss)}; put the weights of a plain callable "
             "inside it, as part of its targets."
         )
     return Weighted(loss)
@@ -452,5 +454,5 @@ def from_convex(fn: Callable[[Outputs, Targets], Any]) -> Loss:
     if isinstance(fn, type) or fn is huber or fn is weighted:
         raise TypeError(f"loss: {fn.__name__} makes a loss; call it first, with its own arguments.")
     if not callable(fn):
-        raise TypeError(f"loss must be a loss of gnl.losses or a callable loss(outputs, targets), but is {fn!r}.")
+        raise TypeError(f"loss must be a loss of gnl.losses or a callable loss(outputs, targets), but is {shown(fn)}.")
     return FromConvex(fn)

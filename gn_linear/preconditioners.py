@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
-from gn_linear._typing import Count, Number, Params, Scalar, check_count, check_number
+from gn_linear._typing import Count, Number, Params, Scalar, check_count, check_number, shown
 from gn_linear.curvature import LinearisedProblem
 
 __all__ = ["Jacobi", "JacobiState", "Preconditioner"]
@@ -75,8 +75,9 @@ class Jacobi(Preconditioner):
     def __post_init__(self) -> None:
         check_count(self.samples, "samples")
         check_count(self.exact_up_to, "exact_up_to", minimum=0)
-        check_number(self.decay, "decay")
-        check_number(1 - self.decay, "1 - decay", positive=True)
+        decay = check_number(self.decay, "decay")
+        if decay is not None and decay >= 1:
+            raise ValueError(f"decay must be below 1, so that new curvature counts, but is {shown(self.decay)}.")
 
     def init(self, params: Params) -> JacobiState:
         """No curvature seen yet."""

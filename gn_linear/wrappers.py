@@ -9,7 +9,7 @@ from typing import Any
 import optax
 
 from gn_linear._batch import KEYWORDS
-from gn_linear._typing import Inputs, Params, Targets
+from gn_linear._typing import Inputs, Params, Targets, shown
 
 __all__ = ["with_batch", "without_batch"]
 
@@ -102,5 +102,5 @@ def without_batch(transform: optax.GradientTransformation) -> optax.GradientTran
 
 def _extra_args(transform: Any) -> optax.GradientTransformationExtraArgs:
     if not isinstance(transform, optax.GradientTransformation):
-        raise TypeError(f"transform must be an optax.GradientTransformation, but is {transform!r}.")
+        raise TypeError(f"transform must be an optax.GradientTransformation, but is {shown(transform)}.")
     return optax.with_extra_args_support(transform)

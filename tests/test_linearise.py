@@ -111,7 +111,7 @@ def test_vmap_and_scan_over_linearisations():
 
 @pytest.mark.parametrize(
     ("leaf", "says"),
-    [(jnp.arange(2), "int64"), (jnp.ones(2, complex), "complex128"), ("relu", "str")],
+    [(jnp.arange(2), "int64"), (jnp.ones(2, complex), "complex128"), ("relu", "'relu'")],
 )
 def test_leaf_of_params_that_is_not_real_is_named(leaf, says):
     good, bad = {"a": [jnp.ones(2), jnp.ones(2)]}, {"a": [jnp.ones(2), leaf]}

@@ -305,7 +305,7 @@ def test_weights_of_a_pytree():
 def test_weights_are_one_an_example(weights):
     ours = losses.weighted(losses.squared_error)
     shape = str(weights.shape).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(ValueError, match=rf"weights of leaf .* have shape {shape}.*weights need shape \(6,\)"):
+    with pytest.raises(ValueError, match=rf"weights have shape {shape}.*weights need shape \(6,\)"):
         ours(F, (REAL, weights))
 
 
@@ -331,7 +331,7 @@ def test_from_convex_takes_a_scalar_or_one_value_per_example():
 def test_from_convex_refuses_what_was_broadcast():
     ours = losses.from_convex(optax.losses.l2_loss)
     square = losses.from_convex(lambda f, y: (f - y) ** 2)
-    with pytest.raises(ValueError, match=r"returned shape \(6, 6\).*outputs of shape \[\(6,\)\].*broadcast"):
+    with pytest.raises(ValueError, match=r"returned shape \(6, 6\).*outputs of shape \(6,\);.*broadcast"):
         square(F[:, 0], REAL[:, :1])
     with pytest.raises(ValueError, match=r"returned shape \(6, 3\)"):
         ours.gradient(F, REAL)

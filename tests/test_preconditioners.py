@@ -101,7 +101,7 @@ def test_state_of_narrow_parameters_is_float32():
         ({"samples": 0}, "samples must be at least 1"),
         ({"exact_up_to": -1}, "exact_up_to must be at least 0"),
         ({"decay": -0.1}, "decay must be a finite number that is not negative"),
-        ({"decay": 1.0}, "1 - decay must be a positive finite number"),
+        ({"decay": 1.0}, "decay must be below 1"),
     ],
 )
 def test_arguments_are_checked(arguments, says):

@@ -95,7 +95,7 @@ def test_all_finite_sees_one_bad_entry(bad):
         (True, "bool"),
         (jnp.ones(3, complex), "complex128"),
         (1j, "complex128"),
-        ("text", "str"),
+        ("text", "'text'"),
     ],
 )
 def test_only_real_float_leaves_are_parameters(leaf, says):
@@ -108,7 +108,7 @@ def test_floats_and_none_are_leaves():
 
 
 def test_a_bare_array_is_named():
-    with pytest.raises(TypeError, match=r"leaf \(the whole tree\) has dtype int"):
+    with pytest.raises(TypeError, match=r"^params: the array has dtype int"):
         _tree.check_float_leaves(jnp.arange(3), "params")
 
 

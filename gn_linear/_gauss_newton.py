@@ -1,7 +1,7 @@
 """Damped Gauss-Newton as an optax transform.
 
-One update reads from top to bottom: linearise on the batch, choose the damping, solve the damped linearised problem
-for the incoming gradient, try the step, shorten it if it is too long, and emit it, or a zero update if nothing helps.
+One update reads from top to bottom: linearise on the batch, search for a step that lowers the objective (choose the
+damping, solve for the incoming gradient, try the step, try again), and emit it, or a zero update if nothing helps.
 """
 
 import dataclasses
@@ -16,14 +16,12 @@ from gn_linear import _tree
 from gn_linear import damping as damping_policies
 from gn_linear._batch import MISSING, check_keywords, check_model, check_state, checked_params, whole_model
 from gn_linear._refusal import ADVICE, Refusal, first_reason
+from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number, shown
 from gn_linear._xla_cpu import fence
 from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
 from gn_linear.losses import Loss, from_convex
-from gn_linear.solvers import CG, Result, Solver, Status
-
-MAX_HALVINGS = 5
-"""How often a step that raises the objective is halved before it is refused."""
+from gn_linear.solvers import CG, Solver, Status
 
 
 class GaussNewtonInfo(NamedTuple):
@@ -89,18 +87,6 @@ class GaussNewtonState(NamedTuple):
     solver: Any
     model: jax.Array
     info: GaussNewtonInfo
-
-
-class _Trial(NamedTuple):
-    actual: Scalar
-    predicted: Scalar
-    gain_ratio: Scalar
-    refusal: Count
-    informative: Flag
-
-    @property
-    def accepted(self) -> Flag:
-        return self.refusal == Refusal.NONE
 
 
 def gauss_newton(
@@ -175,6 +161,10 @@ def gauss_newton(
         raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be one of gn_linear.solvers, such as CG(), but is {shown(solver)}.")
+    if not solver.adaptable and not (isinstance(policy, damping_policies.Constant) and _is_zero(policy.value)):
+        raise TypeError(
+            f"solver has a filter without damping, {shown(solver)}, so damping must be 0.0, but is {shown(damping)}."
+        )
     if not callable(learning_rate):
         check_number(learning_rate, "learning_rate", also=", or a schedule")
     check_l2(l2)
@@ -242,46 +232,48 @@ class _GaussNewton:
             )
         rhs = _tree.cast_like(_tree.to_solve(updates), _tree.to_solve(params))
         scale = _curvature_scale(curved, rhs, state.scale)
-        mu = self.policy.damping(state.damping, _damping_unit(curved, rhs, scale), state.count).astype(scale.dtype)
-        result = self.solver.solve(self.solver.prepare(curved, rhs, state.solver), mu)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
-        emitted = _tree.cast_like(_tree.scale(jnp.asarray(rate, scale.dtype), result.step), params)
-
-        # A solver that failed at once (no curvature along the gradient, NaN in a curvature batch) offers no step.
-        failed = (result.status == Status.NON_FINITE) | (result.status == Status.NON_POSITIVE_CURVATURE)
         hopeless = first_reason(
             [
                 (~same_model, Refusal.STATE),
                 (~jnp.isfinite(problem.objective), Refusal.OBJECTIVE),
                 (~_tree.all_finite(updates), Refusal.GRADIENT),
-                (failed & (result.solver_steps == 0), Refusal.SOLVER),
             ],
             Refusal.NONE,
         )
 
-        def judge(step: Params) -> _Trial:
-            point = optax.apply_updates(params, step)
-            reached = _tree.total(self.loss(fence(model(point, inputs)), targets), penalty(coefficient, point))
-            trial = _judge(problem, rhs, step, reached, self.policy.adaptive)
-            lost = hopeless != Refusal.NONE
-            return trial._replace(
-                refusal=jnp.where(lost, hopeless, trial.refusal), informative=trial.informative | lost
-            )
+        def objective(point: Params) -> Scalar:
+            return _tree.total(self.loss(fence(model(point, inputs)), targets), penalty(coefficient, point))
 
-        whole = judge(emitted)
-        emitted, trial = _shortened(judge, emitted, whole) if self.policy.adaptive else (emitted, whole)
+        search = Search(
+            problem=problem,
+            rhs=rhs,
+            objective=objective,
+            solver=self.solver,
+            prepared=self.solver.prepare(curved, rhs, state.solver),
+            policy=self.policy,
+            unit=_damping_unit(curved, rhs, scale),
+            count=state.count,
+            rate=jnp.asarray(rate, scale.dtype),
+            hopeless=hopeless,
+        )
+        last, learnt = search.run(state.damping)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
-        kept = jax.tree.map(lambda u: jnp.where(trial.accepted, u, jnp.full_like(u, -0.0)), emitted)
-        learnt = self.policy.update(state.damping, whole.gain_ratio, whole.accepted)
+        kept = jax.tree.map(lambda u: jnp.where(last.trial.accepted, u, jnp.full_like(u, -0.0)), last.emitted)
         new_state = GaussNewtonState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            damping=_tree.where(whole.informative, learnt, state.damping),
-            scale=scale,
-            solver=_tree.where(_tree.all_finite(result.step), result.state, state.solver),
+            damping=learnt,
+            # A scale under which every step is rounding came from another regime, and is estimated anew.
+            scale=jnp.where(last.trial.informative | ~jnp.asarray(self.policy.adaptive), scale, jnp.zeros_like(scale)),
+            solver=_tree.where(_tree.all_finite(last.result.step), last.result.state, state.solver),
             model=state.model,
-            info=_report(problem, trial, result, mu, emitted, state.info),
+            info=_report(problem, last, state.info),
         )
         return kept, new_state
+
+
+def _is_zero(value: Number) -> bool:
+    return check_number(value, "damping") == 0
 
 
 def _check_curvature_batch(targets: Any, curvature_inputs: Any, curvature_targets: Any) -> None:
@@ -293,13 +285,28 @@ def _check_curvature_batch(targets: Any, curvature_inputs: Any, curvature_target
 
 
 def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> Scalar:
-    """The Rayleigh quotient of the curvature along the first gradient that gives a positive one."""
+    """The Rayleigh quotient of the curvature along the first gradient that gives a positive one.
+
+    Where a loss is saturated the quotient says nothing, and its cap on the damping would hold the run there for ever.
+    What the objective itself suggests bounds it from below; for the squared error it never exceeds the quotient.
+
+    Args:
+        problem: the linearised problem that is solved.
+        rhs: the incoming gradient.
+        known: the scale so far; 0 means unknown.
+
+    Returns:
+        The scale.
+    """
 
     def estimate() -> Scalar:
         size = _tree.norm(rhs)
         unit = _tree.divide(rhs, jnp.where(size > 0, size, jnp.ones_like(size)))
         quotient = problem.quadratic(unit).astype(known.dtype)
-        return jnp.where(jnp.isfinite(quotient) & (quotient > 0), quotient, jnp.zeros_like(quotient))
+        sound = jnp.isfinite(quotient) & (quotient > 0)
+        suggested = (0.5 * size * (size / problem.objective.astype(size.dtype))).astype(known.dtype)
+        bounded = jnp.where(jnp.isfinite(suggested), jnp.maximum(quotient, suggested), quotient)
+        return jnp.where(sound, bounded, jnp.zeros_like(quotient))
 
     return jax.lax.cond(known > 0, lambda: known, estimate)
 
@@ -311,77 +318,20 @@ def _damping_unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Sca
     return jnp.where((scale > 0) | ~jnp.isfinite(guess), scale, jnp.maximum(guess, jnp.zeros_like(guess)))
 
 
-def _judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objective: Scalar, adaptive: bool) -> _Trial:
-    """Compare what the step did with what the quadratic model promised."""
-    step = _tree.to_solve(emitted)
-    predicted, rest = problem.reductions(rhs, step)
-    actual = _tree.total(problem.objective, -trial_objective, -rest)
-    exact = actual == predicted
-    ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
-    # Some roundings of the terms: a change below them cannot be told from none.
-    resolution = (
-        4 * jnp.finfo(actual.dtype).eps * (jnp.abs(problem.objective) + jnp.abs(trial_objective) + jnp.abs(rest))
-    )
-    finite = jnp.isfinite(actual) & jnp.isfinite(predicted)
-    noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
-    worse = (actual < 0) & adaptive
-    refusal = first_reason(
-        [
-            (~_tree.all_finite(emitted), Refusal.STEP),
-            (~finite, Refusal.TRIAL),
-            (worse & noise, Refusal.ROUNDING),
-            (worse, Refusal.INCREASE),
-        ],
-        Refusal.NONE,
-    )
-    return _Trial(actual, predicted, ratio, refusal, ~noise)
-
-
-def _shortened(judge: Callable[[Params], _Trial], step: Params, whole: _Trial) -> tuple[Params, _Trial]:
-    """Halve a finite step that raises the objective until it lowers it, at a trial evaluation each.
-
-    It rescues the step where few examples are far outside the model's reach, such as confident mistakes, whose
-    curvature has vanished: refusing would skip their batch for ever. Halving rounds nothing.
-
-    Args:
-        judge: of a step.
-        step: the whole step.
-        whole: what ``judge`` said of it.
-
-    Returns:
-        The step that was judged last, and its judgement.
-    """
-
-    def fails(carry: tuple[Count, Params, _Trial]) -> Flag:
-        halvings, _, trial = carry
-        too_long = (trial.refusal == Refusal.TRIAL) | (trial.refusal == Refusal.INCREASE)
-        promising = jnp.isfinite(trial.predicted) & (trial.predicted != 0)
-        return too_long & promising & (halvings < MAX_HALVINGS)
-
-    def halve(carry: tuple[Count, Params, _Trial]) -> tuple[Count, Params, _Trial]:
-        halvings, shorter, _ = carry
-        shorter = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), shorter)
-        return halvings + 1, shorter, judge(shorter)
-
-    return jax.lax.while_loop(fails, halve, (jnp.zeros([], jnp.int32), step, whole))[1:]
-
-
-def _report(
-    problem: LinearisedProblem, trial: _Trial, result: Result, mu: Scalar, emitted: Params, last: GaussNewtonInfo
-) -> GaussNewtonInfo:
-    dtype = last.loss.dtype
-    refused = (~trial.accepted).astype(last.skipped.dtype)
+def _report(problem: LinearisedProblem, last: Attempt, before: GaussNewtonInfo) -> GaussNewtonInfo:
+    dtype, trial = before.loss.dtype, last.trial
+    refused = (~trial.accepted).astype(before.skipped.dtype)
     return GaussNewtonInfo(
         loss=problem.objective.astype(dtype),
         predicted_reduction=trial.predicted.astype(dtype),
         actual_reduction=trial.actual.astype(dtype),
         gain_ratio=trial.gain_ratio.astype(dtype),
-        damping=mu,
-        solver_steps=result.solver_steps,
-        solver_status=result.status,
-        step_norm=_tree.norm(_tree.to_solve(emitted)).astype(dtype),
+        damping=last.damping,
+        solver_steps=last.result.solver_steps,
+        solver_status=last.result.status,
+        step_norm=_tree.norm(_tree.to_solve(last.emitted)).astype(dtype),
         accepted=trial.accepted,
-        skipped=last.skipped + refused,
-        refused_in_a_row=(last.refused_in_a_row + 1) * refused,
+        skipped=before.skipped + refused,
+        refused_in_a_row=(before.refused_in_a_row + 1) * refused,
         refusal=trial.refusal,
     )

@@ -47,8 +47,8 @@ ADVICE = {
         "the objective at the parameters is not finite; look for NaN or infinity in inputs, targets and params"
     ),
     Refusal.GRADIENT: (
-        "the incoming gradient is not finite although the objective is; look at the derivative of the model and at "
-        "what stands in front in the chain"
+        "the incoming gradient is not finite although the objective is; look for infinity in inputs, at the derivative "
+        "of the model, and at what stands in front in the chain"
     ),
     Refusal.SOLVER: (
         "the inner solver found no step; look for NaN or infinity in the derivative of the model and in "

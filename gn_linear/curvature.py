@@ -117,6 +117,12 @@ class LinearisedProblem:
         return self._with_penalty(jax.tree.map(lambda x: jnp.mean(x, axis=0), squares))
 
     @property
+    def sensitivity(self) -> Scalar:
+        """How much the objective changes by relative changes of the outputs, at most; its rounding, in units of eps."""
+        size = jax.tree.map(lambda g, f: jnp.abs(g * f), self.output_gradient, self.linearisation.outputs)
+        return _tree.map_scalars(jnp.sum, _tree.to_solve(size))
+
+    @property
     def output_size(self) -> int:
         """How many outputs the batch has in all."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.linearisation.outputs))

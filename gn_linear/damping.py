@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gn_linear import _tree
 from gn_linear._typing import Count, Flag, Number, Scalar, check_number, shown
 
-__all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Policy", "Schedule"]
+__all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Path", "Policy", "Schedule"]
 
 
 LARGEST = 1e38
@@ -80,6 +80,17 @@ class Policy:
         del gain_ratio, accepted
         return state
 
+    def relax(self, state: DampingState) -> DampingState:
+        """The state after a step that told nothing, because all it changed is rounding.
+
+        Args:
+            state: what the policy remembers.
+
+        Returns:
+            The new state; by default the old one.
+        """
+        return state
+
 
 @_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +146,59 @@ class Schedule(Policy):
         return jnp.asarray(self.schedule(count), state.multiple.dtype) * scale
 
 
+class _Bounded(Policy):
+    """An adaptive policy whose multiple starts at ``initial`` and stays between ``minimum`` and ``maximum``."""
+
+    adaptive: ClassVar[bool] = True
+    initial: Number
+    minimum: Number
+    maximum: Number
+
+    def init(self, dtype: Any) -> DampingState:
+        """The first multiple, within its bounds."""
+        return DampingState(self._within(jnp.asarray(self.initial, dtype)), jnp.full([], 2.0, dtype))
+
+    def damping(self, state: DampingState, scale: Scalar, count: Count) -> Scalar:
+        """The multiple times the scale."""
+        del count
+        return state.multiple * scale
+
+    def relax(self, state: DampingState) -> DampingState:
+        """Back towards the first multiple: a damping so large that every step is rounding would never come down."""
+        first = self.init(state.multiple.dtype)
+        eased = jnp.maximum(state.multiple / 3, jnp.minimum(state.multiple, first.multiple))
+        return DampingState(eased, first.growth)
+
+    def _within(self, multiple: jax.Array) -> jax.Array:
+        bounds = (jnp.asarray(bound, multiple.dtype) for bound in (self.minimum, self.maximum))
+        return jnp.clip(multiple, *bounds)
+
+    def _check_bounds(self) -> None:
+        initial, minimum, maximum = (
+            check_number(getattr(self, name), name, positive=True) for name in ("initial", "minimum", "maximum")
+        )
+        if maximum is not None and maximum > LARGEST:
+            raise ValueError(
+                f"maximum must be at most {LARGEST}, to be finite in float32, but is {shown(self.maximum)}."
+            )
+        if initial is not None and minimum is not None and maximum is not None and not minimum <= initial <= maximum:
+            raise ValueError(
+                f"minimum <= initial <= maximum must hold, but minimum is {minimum!r}, initial is {initial!r} and "
+                f"maximum is {maximum!r}."
+            )
+
+
 @_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LevenbergMarquardt(Policy):
+class LevenbergMarquardt(_Bounded):
     r"""Damping that follows the gain ratio :math:`\rho` by Nielsen's rule, in multiples of the curvature scale.
 
     .. math::
         \text{accepted:} \quad \mu \leftarrow \mu \max(\tfrac13, 1 - (2\rho - 1)^3), \quad \nu \leftarrow 2; \qquad
         \text{refused:} \quad \mu \leftarrow \mu \nu, \quad \nu \leftarrow 2 \nu.
 
-    A step whose actual and predicted reductions are both below the rounding of the objective tells nothing, and
-    leaves the damping as it is.
+    A step whose actual and predicted reductions are both below the rounding of the objective tells nothing. It leaves
+    the damping as it is, or eases it towards ``initial`` if it is above.
 
     Attributes:
         initial: the first multiple.
@@ -167,31 +220,9 @@ class LevenbergMarquardt(Policy):
     initial: Number = 1e-2
     minimum: Number = 1e-8
     maximum: Number = 1e8
-    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        initial, minimum, maximum = (
-            check_number(getattr(self, name), name, positive=True) for name in ("initial", "minimum", "maximum")
-        )
-        if maximum is not None and maximum > LARGEST:
-            raise ValueError(
-                f"maximum must be at most {LARGEST}, to be finite in float32, but is {shown(self.maximum)}."
-            )
-        if initial is not None and minimum is not None and maximum is not None and not minimum <= initial <= maximum:
-            raise ValueError(
-                f"minimum <= initial <= maximum must hold, but minimum is {minimum!r}, initial is {initial!r} and "
-                f"maximum is {maximum!r}."
-            )
-
-    def init(self, dtype: Any) -> DampingState:
-        """The first multiple, within its bounds."""
-        first = jnp.clip(jnp.asarray(self.initial, dtype), *self._bounds(dtype))
-        return DampingState(first, jnp.full([], 2.0, dtype))
-
-    def damping(self, state: DampingState, scale: Scalar, count: Count) -> Scalar:
-        """The multiple times the scale."""
-        del count
-        return state.multiple * scale
+        self._check_bounds()
 
     def update(self, state: DampingState, gain_ratio: Scalar, accepted: Flag) -> DampingState:
         """Nielsen's rule."""
@@ -202,10 +233,83 @@ class LevenbergMarquardt(Policy):
         shrink = jnp.maximum(jnp.asarray(1 / 3, dtype), 1 - (2 * ratio - 1) ** 3)
         multiple = state.multiple * jnp.where(trusted, shrink, state.growth)
         growth = jnp.where(trusted, jnp.full_like(state.growth, 2.0), jnp.minimum(2 * state.growth, 2.0**16))
-        return DampingState(jnp.clip(multiple, *self._bounds(dtype)), growth)
+        return DampingState(self._within(multiple), growth)
 
-    def _bounds(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(self.minimum, dtype), jnp.asarray(self.maximum, dtype)
+
+@_tree.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Path(_Bounded):
+    r"""Several dampings at every step, of which the one with the lowest objective is taken.
+
+    .. math:: \mu_i = f_i \, \mu, \qquad \mu \leftarrow \mu_{i^*}, \qquad i^* = \arg\min_i F(\theta + d(\mu_i))
+
+    The steps come from one preparation of the solver, and the objectives from one batched evaluation of the model. It
+    is meant for ``solvers.Lanczos``, where a further damping costs no product; conjugate gradients solve anew for each.
+    If no step lowers the objective, the one with the most damping is refused and the path moves there.
+
+    Attributes:
+        factors: multiples of the path's centre that are tried, positive.
+        initial: the first centre, in multiples of the curvature scale.
+        minimum: the smallest multiple.
+        maximum: the largest multiple, at most 1e38.
+
+    Raises:
+        TypeError: one of them is not a number, or ``factors`` is not a tuple.
+        ValueError: one is not positive and finite, ``factors`` is empty, or the bounds are in disorder.
+
+    Example:
+        >>> import gn_linear as gnl
+        >>> policy = gnl.damping.Path(factors=(0.1, 1.0, 10.0))
+
+    References:
+        Marquardt (1963), An algorithm for least-squares estimation of nonlinear parameters, section 5.
+    """
+
+    factors: tuple[Number, ...] = (0.1, 1.0, 10.0)
+    initial: Number = 1e-2
+    minimum: Number = 1e-8
+    maximum: Number = 1e8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factors, tuple):
+            raise TypeError(f"factors must be a tuple of positive numbers, but is {shown(self.factors)}.")
+        if not self.factors:
+            raise ValueError("factors must hold at least one positive number, but is an empty tuple ().")
+        for index, factor in enumerate(self.factors):
+            check_number(factor, f"factors[{index}]", positive=True)
+        self._check_bounds()
+
+    def dampings(self, state: DampingState, scale: Scalar) -> jax.Array:
+        """All dampings of the path.
+
+        Args:
+            state: what the policy remembers.
+            scale: the curvature scale.
+
+        Returns:
+            The dampings, absolute, shape (factors,).
+        """
+        return self._multiples(state) * scale
+
+    def moved(self, state: DampingState, chosen: Count, accepted: Flag) -> DampingState:
+        """The state after a step, at the damping that was chosen.
+
+        Args:
+            state: what the policy remembers.
+            chosen: the number of the factor.
+            accepted: whether the step was taken.
+
+        Returns:
+            The new state; after a refusal the centre doubles at least.
+        """
+        multiple = self._multiples(state)[chosen]
+        multiple = jnp.where(accepted, multiple, jnp.maximum(multiple, 2 * state.multiple))
+        return state._replace(multiple=self._within(multiple))
+
+    def _multiples(self, state: DampingState) -> jax.Array:
+        dtype = state.multiple.dtype
+        factors = jnp.stack([jnp.asarray(factor, dtype) for factor in self.factors])
+        return self._within(factors * state.multiple)
 
 
 def as_policy(damping: Any) -> Policy:

@@ -111,7 +111,7 @@ class SoftmaxCrossEntropy(Loss):
 
     def _weights(self, outputs: jax.Array, targets: Any) -> jax.Array:
         if np.shape(targets) == np.shape(outputs):
-            return targets.astype(outputs.dtype)
+            return jnp.asarray(targets).astype(outputs.dtype)
         classes = np.shape(outputs)[-1]
         one_hot = jax.nn.one_hot(targets, classes, dtype=outputs.dtype)
         valid = (targets >= 0) & (targets < classes)

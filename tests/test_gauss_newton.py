@@ -534,37 +534,6 @@ def test_damping_schedule_is_in_multiples_of_the_first_curvature():
         assert abs(state.info.damping - 2.0 * 0.5**t * scale) <= tolerance(operations=SIZE) * scale
 
 
-def test_inject_hyperparams():
-    params, grads = mlp_params(), network_gradient(mlp_params())
-    make = optax.inject_hyperparams(gnl.gauss_newton, static_args=("predict", "loss"))
-    optimiser = make(mlp, SQUARED, solver=EXACT, damping=DAMPING, learning_rate=0.5, l2=0.2)
-    state, update = optimiser.init(params), jitted(optimiser)
-    assert set(state.hyperparams) == {"damping", "learning_rate", "l2"}
-    for damping, rate, l2 in ((DAMPING, 0.5, 0.2), (0.7, 1.0, 0.0), (0.01, 0.25, 3.0)):
-        new = {"damping": damping, "learning_rate": rate, "l2": l2}
-        state.hyperparams.update({k: jnp.asarray(v, state.hyperparams[k].dtype) for k, v in new.items()})
-        oracle = dense(mlp, lambda o: half_mean_square(o, Y), params, X, l2)
-        total = jax.tree.map(lambda g, p, l2=l2: g + l2 * p, grads, params)
-        updates, state = update(total, state, params, inputs=X, targets=Y)
-        want = rate * oracle.damped_step(damping)
-        assert distance(updates, want) <= tolerance(condition=oracle.condition(damping), operations=SIZE)
-        assert gnl.info(state).accepted
-    assert update._cache_size() == 1
-
-
-def test_inject_hyperparams_of_a_schedule_and_defaults():
-    params, grads = mlp_params(), network_gradient(mlp_params())
-    make = optax.inject_hyperparams(gnl.gauss_newton, static_args=("predict", "loss"))
-    optimiser = make(mlp, SQUARED, learning_rate=optax.linear_schedule(1.0, 0.5, 1))
-    state, update = optimiser.init(params), jitted(optimiser)
-    plain, plain_update = default_step()
-    want, _ = plain_update(grads, plain, params, inputs=X, targets=Y)
-    got, state = update(grads, state, params, inputs=X, targets=Y)
-    assert distance(got, want) <= tolerance(condition=SIZE, operations=SIZE)
-    _, state = update(grads, state, params, inputs=X, targets=Y)
-    assert state.hyperparams["learning_rate"] == 0.5
-
-
 # ---- JAX's transformations
 
 
@@ -712,65 +681,6 @@ def test_none_leaves_and_nested_containers():
     want, _ = update(network_gradient(flat_params), init, flat_params, inputs=X, targets=Y)
     got = {"w1": updates["layers"][0][0], "b1": updates["layers"][1]["b"], "w2": updates["out"]}
     assert distance(got, want) <= tolerance(condition=SIZE, operations=SIZE)
-
-
-LABELLED = {"w1": "train", "b1": "freeze", "w2": "train"}
-WRAPPERS = {
-    "partition": lambda gn: optax.partition({"train": gn, "freeze": optax.set_to_zero()}, LABELLED),
-    "masked": lambda gn: optax.chain(
-        optax.masked(gn, {"w1": True, "b1": False, "w2": True}),
-        optax.masked(optax.set_to_zero(), {"w1": False, "b1": True, "w2": False}),
-    ),
-}
-
-
-@pytest.mark.parametrize("l2", [0.0, {"w1": 0.1, "b1": 7.0, "w2": 0.5}], ids=["plain", "l2"])
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_part_of_the_parameters(name, l2):
-    params = mlp_params()
-    part = {key: params[key] for key in ("w1", "w2")}
-    optimiser = WRAPPERS[name](gnl.gauss_newton(mlp, SQUARED, solver=EXACT, damping=DAMPING, l2=l2))
-    state = optimiser.init(params)
-    grads = network_gradient(params)
-    if l2:
-        grads = jax.tree.map(lambda g, w, p: g + w * p, grads, l2, params)
-        l2 = {key: l2[key] for key in part}
-    updates, _ = jitted(optimiser)(grads, state, params, inputs=X, targets=Y, full_params=params)
-    oracle = dense(lambda p, x: mlp({**p, "b1": params["b1"]}, x), lambda o: half_mean_square(o, Y), part, X, l2)
-    assert not np.any(updates["b1"])
-    got = {key: updates[key] for key in part}
-    bound = tolerance(condition=oracle.condition(DAMPING), operations=SIZE)
-    assert distance(got, oracle.damped_step(DAMPING)) <= bound
-    with pytest.raises(ValueError, match=r"full_params is missing: params come without \['b1'\]"):
-        optimiser.update(grads, state, params, inputs=X, targets=Y)
-
-
-def test_chain_named_chain_and_apply_if_finite_change_nothing():
-    params, grads = mlp_params(), network_gradient(mlp_params())
-    init, update = default_step()
-    want, _ = update(grads, init, params, inputs=X, targets=Y)
-    gn = gnl.gauss_newton(mlp, SQUARED)
-    wrapped = optax.apply_if_finite(optax.chain(optax.named_chain(("gn", gn), ("same", optax.identity()))), 3)
-    updates, state = jitted(wrapped)(
-        grads, wrapped.init(params), params, inputs=X, targets=Y, unknown="ignored"[:0] or 1
-    )
-    assert distance(updates, want) <= tolerance(condition=SIZE, operations=SIZE)
-    assert gnl.info(state).accepted
-
-
-def test_multi_steps_averages_the_gradient():
-    params = mlp_params()
-    optimiser = optax.MultiSteps(gnl.gauss_newton(mlp, SQUARED, solver=EXACT, damping=DAMPING), 2)
-    first, second = network_gradient(params, *batch(3)), network_gradient(params, *batch(4))
-    state, update = optimiser.init(params), jitted(optimiser)
-    x, y = batch(4)
-    updates, state = update(first, state, params, inputs=X, targets=Y)
-    assert not np.any(flat(updates))
-    updates, state = update(second, state, params, inputs=x, targets=y)
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-    oracle = dense(mlp, lambda o: half_mean_square(o, y), params, x)
-    bound = tolerance(jnp.float32, condition=oracle.condition(DAMPING), operations=2)  # MultiSteps adds in float32
-    assert distance(updates, oracle.damped_step(DAMPING, mean)) <= bound
 
 
 def test_two_lines_swapped_train_the_network():

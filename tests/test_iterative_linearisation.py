@@ -335,21 +335,6 @@ def test_traced_and_vmapped_period():
     assert np.linalg.norm(ends[1] - ends[2]) > np.sqrt(eps())
 
 
-def test_inject_hyperparams_changes_the_period_without_a_new_trace():
-    make = optax.inject_hyperparams(gnl.iterative_linearisation, static_args=("predict", "loss"))
-    transform = make(mlp, SQUARED, period=4)
-    params = mlp_params()
-    state, update = transform.init(params), jax.jit(transform.update)
-    ages = []
-    for t in range(9):
-        if t == 5:
-            state.hyperparams["period"] = state.hyperparams["period"] - 2
-        _, state = update(params, state, params, inputs=X, targets=Y)
-        ages.append(int(gnl.info(state).age))
-    assert ages == [0, 1, 2, 3, 0, 1, 0, 1, 0]
-    assert update._cache_size() == 1
-
-
 @pytest.mark.parametrize(
     ("period", "error"),
     [
@@ -541,26 +526,6 @@ def test_multi_steps_and_none_leaves():
     want = gradientless(linearising(optax.sgd(0.1), period=2), 1)
     assert distance(second, want) <= tolerance(operations=SIZE)
     assert gnl.info(state).feature_updates == 1
-
-
-def test_part_of_the_parameters():
-    params = mlp_params()
-    labels = {"w1": "train", "b1": "freeze", "w2": "train"}
-    inner = linearising(optax.sgd(0.1), period=2, l2={"w1": 0.1, "b1": 7.0, "w2": 0.2})
-    optimiser = optax.partition({"train": inner, "freeze": optax.set_to_zero()}, labels)
-    part = {key: params[key] for key in ("w1", "w2")}
-    other = linearising(
-        optax.sgd(0.1), predict=lambda p, x: mlp({**p, "b1": params["b1"]}, x), period=2, l2={"w1": 0.1, "w2": 0.2}
-    )
-    state, step = optimiser.init(params), stepper(optimiser)
-    other_state, other_step = other.init(part), stepper(other)
-    for _ in range(3):
-        params, state, _ = step(params, state, inputs=X, targets=Y, full_params=params)
-        part, other_state, _ = other_step(part, other_state, inputs=X, targets=Y)
-    assert bits(params["b1"]) == bits(mlp_params()["b1"])
-    assert distance({key: params[key] for key in part}, part) <= tolerance(operations=3 * SIZE)
-    with pytest.raises(ValueError, match=r"full_params is missing: params come without \['b1'\]"):
-        optimiser.update(params, state, params, inputs=X, targets=Y)
 
 
 def test_wrong_arguments():

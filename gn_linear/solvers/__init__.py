@@ -2,5 +2,6 @@
 
 from gn_linear.solvers._interface import Result, Solver, Status
 from gn_linear.solvers.cg import CG, CGState
+from gn_linear.solvers.lanczos import Lanczos, LanczosState
 
-__all__ = ["CG", "CGState", "Result", "Solver", "Status"]
+__all__ = ["CG", "CGState", "Lanczos", "LanczosState", "Result", "Solver", "Status"]

@@ -1,7 +1,7 @@
 """What every inner solver offers, and what it returns."""
 
 import enum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -46,7 +46,18 @@ class Solver:
     .. math:: \min_d \; \langle b, d \rangle + \tfrac12 d^T (G + \mu I) d
 
     ``prepare`` does all that does not depend on the damping, ``solve`` the rest, so that another damping is cheap.
+
+    Attributes:
+        cheap_again: whether ``solve`` costs next to nothing once prepared; a step that raises the objective is then
+            solved again with more damping instead of being halved.
     """
+
+    cheap_again: ClassVar[bool] = False
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether the solver uses the damping; if not, only ``damping=0.0`` goes with it."""
+        return True
 
     def init(self, params: Params) -> Any:
         """The state before the first step, a pytree of arrays.

@@ -177,9 +177,10 @@ class Search:
     def _best_of_path(self, damping: DampingState, path: Path) -> tuple[Attempt, DampingState]:
         """Try all dampings of the path side by side; the one with the lowest objective is the step."""
         attempts = jax.vmap(self._attempt)(path.dampings(damping, self.unit))
-        gains = jnp.where(attempts.trial.accepted, attempts.trial.actual, -jnp.inf)
+        accepted = attempts.trial.refusal == Refusal.NONE
+        gains = jnp.where(accepted, attempts.trial.actual, -jnp.inf)
         # Where none is accepted, the one with the most damping says why.
-        best = jnp.where(jnp.any(attempts.trial.accepted), jnp.argmax(gains), jnp.argmax(attempts.damping))
+        best = jnp.where(jnp.any(accepted), jnp.argmax(gains), jnp.argmax(attempts.damping))
         chosen = jax.tree.map(lambda x: x[best], attempts)
         learnt = path.moved(damping, best, chosen.trial.accepted)
         return chosen, _tree.where(chosen.trial.informative, learnt, path.relax(damping))

@@ -66,7 +66,7 @@ class Filtered(NamedTuple):
 
     Attributes:
         coefficients: of the basis vectors, times the norm of the starting vector, shape (rank,).
-        residual: of the inner problem that the filter solves, relative to its right-hand side, shape ().
+        residual: norm of the residual of the inner problem that the filter solves, shape ().
         ritz_values: the eigenvalues of the matrix, shape (rank,); 0 beyond the size of the basis.
     """
 
@@ -139,7 +139,7 @@ def krylov_basis(
 def apply_filter(basis: KrylovBasis, function: Callable[[jax.Array], jax.Array]) -> Filtered:
     r"""A filter of the operator, in the basis.
 
-    The residual is :math:`\beta_m |e_m^T \varphi(T) e_1|`: that of :math:`(G + \mu) d = -b` for damping, of
+    The residual is :math:`\|b\| \beta_m |e_m^T \varphi(T) e_1|`: that of :math:`(G + \mu) d = -b` for damping, of
     :math:`\dot d = -(G d + b)` at the last time for gradient flow, and likewise for steps.
 
     Args:
@@ -157,7 +157,8 @@ def apply_filter(basis: KrylovBasis, function: Callable[[jax.Array], jax.Array])
     values, eigenvectors = jnp.linalg.eigh(matrix)
     solution = jnp.where(inside, eigenvectors @ (function(values) * eigenvectors[0]), 0.0)
     last = jnp.maximum(basis.size - 1, 0)
-    return Filtered(basis.norm * solution, basis.off_diagonal[last] * jnp.abs(solution[last]), values)
+    coefficients = basis.norm * solution
+    return Filtered(coefficients, basis.off_diagonal[last] * jnp.abs(coefficients[last]), values)
 
 
 class LanczosState(NamedTuple):
@@ -173,7 +174,7 @@ class LanczosState(NamedTuple):
 class _Prepared(NamedTuple):
     problem: LinearisedProblem
     bases: tuple[KrylovBasis, ...]
-    rhs: Params
+    target: Scalar
     rest: Params | None
     size: Scalar
     state: LanczosState
@@ -247,66 +248,83 @@ class Lanczos(Solver):
         largest = _tree.max_abs(rhs)
         size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
         scaled = _tree.divide(rhs, size)
+        target = jnp.asarray(self.rtol, size.dtype) * _tree.norm(scaled)
         if not self._in_outputs(problem):
-            basis = krylov_basis(parameter_space(problem), scaled, self.rank, self._converged(state, 0.0))
-            return _Prepared(problem, (basis,), scaled, None, size, state)
+            converged = self._converged(self._functions(state.damping / 4, 0.0)[0], target, state)
+            basis = krylov_basis(parameter_space(problem), scaled, self.rank, converged)
+            return _Prepared(problem, (basis,), target, None, size, state)
         start = _tree.divide(_tree.to_solve(problem.output_gradient), size)
         own = pulled_back(problem, start)
         rest = _tree.subtract(scaled, own)
         # What the incoming gradient holds beside this batch's own is often nothing but rounding.
         rounding = 64 * jnp.finfo(size.dtype).eps * (_tree.norm(scaled) + _tree.norm(own))
         rest = _tree.where(_tree.norm(rest) > rounding, rest, jax.tree.map(jnp.zeros_like, rest))
-        space, converged = sample_space(problem), self._converged(state, problem.l2)
         moved = problem.linearisation.jvp(_tree.cast_like(rest, problem.params))
         moved = _tree.to_solve(problem.hessian.product(moved))
-        bases = tuple(krylov_basis(space, v, self.rank, converged) for v in (start, moved))
-        return _Prepared(problem, bases, scaled, rest, size, state)
+        space, functions = sample_space(problem), self._functions(state.damping / 4, problem.l2)
+        bases = tuple(
+            krylov_basis(space, vector, self.rank, self._converged(function, target, state))
+            for vector, function in zip((start, moved), functions, strict=True)
+        )
+        return _Prepared(problem, bases, target, rest, size, state)
 
     def solve(self, prepared: _Prepared, damping: Scalar) -> Result:
         """The step for one damping: a small eigenproblem and one pullback."""
         problem, bases = prepared.problem, prepared.bases
-        chosen = self.filter.at_damping(damping) if self.filter.adaptable else self.filter
-        if prepared.rest is None:
-            filtered = [apply_filter(bases[0], chosen)]
-            step = combination(bases[0], filtered[0].coefficients)
+        in_parameters = prepared.rest is None
+        functions = self._functions(damping, 0.0 if in_parameters else problem.l2)[: len(bases)]
+        filtered = [apply_filter(basis, function) for basis, function in zip(bases, functions, strict=True)]
+        vectors = [combination(basis, f.coefficients) for basis, f in zip(bases, filtered, strict=True)]
+        if in_parameters:
+            step = vectors[0]
         else:
-            shift = jnp.asarray(problem.l2, damping.dtype)
-            at_zero = chosen(shift)
-
-            def beyond_zero(values: jax.Array) -> jax.Array:
-                kept = values > 0
-                return jnp.where(kept, (chosen(values + shift) - at_zero) / jnp.where(kept, values, 1.0), 0.0)
-
-            functions = [lambda values: chosen(values + shift), beyond_zero]
-            filtered = [apply_filter(basis, function) for basis, function in zip(bases, functions, strict=True)]
-            vectors = [combination(basis, f.coefficients) for basis, f in zip(bases, filtered, strict=True)]
-            pulled = pulled_back(problem, _tree.add(*vectors))
-            step = _tree.axpy(at_zero, prepared.rest, pulled)
-        size = jnp.sqrt(_tree.dot(prepared.rhs, prepared.rhs))
-        residual = sum((f.residual for f in filtered), jnp.zeros_like(size))
-        finite = jnp.isfinite(size)
+            at_zero = functions[0](jnp.zeros([], damping.dtype))
+            step = _tree.axpy(at_zero, prepared.rest, pulled_back(problem, _tree.add(*vectors)))
+        residual = sum((f.residual for f in filtered), jnp.zeros_like(damping))
+        finite = jnp.isfinite(prepared.target)
         for basis in bases:
             finite = finite & basis.finite
-        status = jnp.where(residual <= jnp.asarray(self.rtol, size.dtype) * size, Status.CONVERGED, Status.MAX_STEPS)
+        status = jnp.where(residual <= prepared.target, Status.CONVERGED, Status.MAX_STEPS)
         status = jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
         steps = sum((basis.size for basis in bases), jnp.zeros([], jnp.int32))
-        step = _tree.scale(-prepared.size, step)
-        return Result(step, LanczosState(damping.astype(prepared.state.damping.dtype)), steps, status)
+        state = LanczosState(damping.astype(prepared.state.damping.dtype))
+        return Result(_tree.scale(-prepared.size, step), state, steps, status)
+
+    def _functions(self, damping: Scalar, l2: Any) -> tuple[Callable[[jax.Array], jax.Array], ...]:
+        r"""What is applied to the basis of the batch's own gradient, and to that of the rest.
+
+        A vector r outside the range of :math:`J^T` is filtered by
+        :math:`\varphi(G) r = \varphi(0) r + J^T \psi(H \Theta) H J r`,
+        :math:`\psi(\lambda) = (\varphi(\lambda) - \varphi(0)) / \lambda`.
+
+        Args:
+            damping: absolute.
+            l2: a number that shifts the spectrum.
+
+        Returns:
+            The two functions of the eigenvalues.
+        """
+        chosen = self.filter.at_damping(damping) if self.filter.adaptable else self.filter
+
+        def own(values: jax.Array) -> jax.Array:
+            return chosen(values + jnp.asarray(l2, values.dtype))
+
+        def rest(values: jax.Array) -> jax.Array:
+            kept = values > 0
+            change = own(values) - own(jnp.zeros([], values.dtype))
+            return jnp.where(kept, change / jnp.where(kept, values, 1.0), 0.0)
+
+        return own, rest
 
     def _in_outputs(self, problem: LinearisedProblem) -> bool:
         plain = jax.tree.structure(problem.l2) == jax.tree.structure(0.0)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
         return plain and (2 * problem.output_size < parameters if self.in_outputs is None else self.in_outputs)
 
-    def _converged(self, state: LanczosState, l2: Any) -> Callable[[KrylovBasis], jax.Array] | None:
-        chosen = self.filter.at_damping(state.damping / 4) if self.filter.adaptable else self.filter
-
-        def converged(basis: KrylovBasis) -> jax.Array:
-            shift = jnp.asarray(l2, basis.norm.dtype)
-            residual = apply_filter(basis, lambda values: chosen(values + shift)).residual
-            return (residual <= jnp.asarray(self.rtol, residual.dtype) * basis.norm) & (state.damping > 0)
-
-        return converged
+    def _converged(
+        self, function: Callable[[jax.Array], jax.Array], target: Scalar, state: LanczosState
+    ) -> Callable[[KrylovBasis], jax.Array]:
+        return lambda basis: (apply_filter(basis, function).residual <= target) & (state.damping > 0)
 
 
 def parameter_space(problem: LinearisedProblem) -> Space:

@@ -1,6 +1,6 @@
 """Second-order optimisation for JAX: damped Gauss-Newton and iterative linearisation as optax transforms."""
 
-from gn_linear import damping, filters, losses, preconditioners, solvers, wrappers
+from gn_linear import damping, filters, losses, periods, preconditioners, solvers, wrappers
 from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState, gauss_newton
 from gn_linear._inspect import anchor, info
 from gn_linear._iterative_linearisation import (
@@ -29,6 +29,7 @@ __all__ = [
     "linearise",
     "linearised",
     "losses",
+    "periods",
     "preconditioners",
     "solvers",
     "wrappers",

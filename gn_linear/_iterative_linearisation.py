@@ -6,7 +6,7 @@ of steps is training of the model linearised at its initialisation; in between, 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,9 @@ from gn_linear import _tree
 from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, whole_model
 from gn_linear._linearise import linearise
 from gn_linear._typing import Count, Flag, Params, Predict, Scalar, shown
-from gn_linear._xla_cpu import fence
 from gn_linear.curvature import check_l2, fit_l2, l2_times
 from gn_linear.losses import Loss, from_convex
-
-LONGEST_PERIOD = 2**31 - 1
-"""The range of the step counter; such a period means that the anchor never moves."""
+from gn_linear.periods import Context, Rule, as_rule, ask, check_steps, difference, every, linearisation_error
 
 
 class LinearisationInfo(NamedTuple):
@@ -56,7 +53,11 @@ class IterativeLinearisationState(NamedTuple):
 
 
 def iterative_linearisation(
-    predict: Predict, loss: Loss | Callable[..., Any], *, period: int | np.integer | jax.Array, l2: Any = 0.0
+    predict: Predict,
+    loss: Loss | Callable[..., Any],
+    *,
+    period: int | np.integer | jax.Array | Rule | Callable[[Context], Any],
+    l2: Any = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace the gradient by that of the model linearised at an anchor, which moves every ``period`` steps.
 
@@ -79,7 +80,9 @@ def iterative_linearisation(
             key of a stochastic layer in ``inputs``).
         loss: a loss of ``gn_linear.losses``, or any convex ``loss(outputs, targets)`` that returns a scalar or one
             value per example.
-        period: K, inner steps per linearisation, at least 1; an int or an integer array, which may be traced.
+        period: K, inner steps per linearisation, at least 1; an int or an integer array, which may be traced. Or a rule
+            of ``gn_linear.periods``, or a function from its ``Context`` to a boolean array of shape (): the anchor
+            moves at step 0 and where the rule says so.
         l2: coefficient :math:`\lambda` of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a number or a pytree like
             the parameters.
 
@@ -87,7 +90,8 @@ def iterative_linearisation(
         An optax transform whose updates are gradients, for the optimiser behind it.
 
     Raises:
-        TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing or a leaf is not a float array.
+        TypeError: an argument has the wrong type; in ``update``, ``inputs`` is missing, a leaf is not a float array, or
+            a rule returns something else than a boolean array of shape ().
         ValueError: ``period`` is below 1 or above 2147483647, ``l2`` is out of range; in ``update``, ``params`` is
             missing or shapes do not fit.
 
@@ -114,9 +118,9 @@ def iterative_linearisation(
     objective = from_convex(loss)
     if not callable(predict):
         raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
-    _check_period(period)
+    rule = _as_rule(period)
     check_l2(l2)
-    transform = _IterativeLinearisation(predict, objective, period, l2)
+    transform = _IterativeLinearisation(predict, objective, rule, l2)
     return optax.GradientTransformationExtraArgs(transform.init, transform.update)
 
 
@@ -126,7 +130,7 @@ class _IterativeLinearisation:
 
     predict: Predict
     loss: Loss
-    period: Any
+    rule: Rule
     l2: Any
 
     def init(self, params: Params) -> IterativeLinearisationState:
@@ -154,14 +158,16 @@ class _IterativeLinearisation:
         model = whole_model(self.predict, params, full_params)
 
         def measured() -> Scalar:
-            error = _linearisation_error(model, params, state.anchor, inputs)
+            error = linearisation_error(model, params, state.anchor, inputs)
             return error.astype(state.info.linearisation_error.dtype)
 
         info = state.info
-        relinearise = (state.count == 0) | (info.age + 1 >= self.period)
+        started = state.count > 0
+        age = info.age + started.astype(info.age.dtype)
+        relinearise = ~started | ask(self.rule, Context(state.count, age, params, state.anchor, inputs, model))
         # A cost-only distinction: with a period known to be 1 the parameters are always at the anchor. A branch at run
         # time would not do: both sides run under vmap.
-        if isinstance(self.period, int) and self.period == 1:
+        if isinstance(self.rule, every) and isinstance(self.rule.k, int) and self.rule.k == 1:
             anchor, error = params, info.linearisation_error
             linear = linearise(model, anchor, inputs)
             outputs = linear.outputs
@@ -169,34 +175,19 @@ class _IterativeLinearisation:
             anchor = _tree.where(relinearise, params, state.anchor)
             error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
             linear = linearise(model, anchor, inputs)
-            outputs = jax.tree.map(jnp.add, linear.outputs, linear.jvp(_difference(params, anchor)))
+            outputs = jax.tree.map(jnp.add, linear.outputs, linear.jvp(difference(params, anchor)))
         gradient = linear.vjp(self.loss.gradient(outputs, targets))
         return _with_penalty(gradient, fit_l2(self.l2, params), params), IterativeLinearisationState(
             jnp.asarray(optax.safe_increment(state.count)), anchor, _progress(info, relinearise, error)
         )
 
 
-def _check_period(period: Any) -> None:
-    scalar = not isinstance(period, (bool, str)) and not callable(period) and np.shape(period) == ()
-    if not scalar or not jnp.issubdtype(jnp.result_type(period), jnp.integer):
-        hint = ""
-        if isinstance(period, jax.Array) and period.shape == ():
-            hint = " A schedule must return integers."
-        elif callable(period):
-            hint = " Wrap the transform in optax.inject_hyperparams to give it a schedule, which must return integers."
-        raise TypeError(f"period must be an int or an integer array of shape (), but is {shown(period)}.{hint}")
-    try:
-        steps = int(cast(Any, period))
-    except jax.errors.ConcretizationTypeError:
-        return
-    if steps < 1:
-        raise ValueError(f"period must be at least 1 (1 is ordinary training), but is {steps}.")
-    if steps > LONGEST_PERIOD:
-        raise ValueError(f"period must be at most {LONGEST_PERIOD}, which no run outlasts, but is {steps}.")
-
-
-def _difference(params: Params, anchor: Params) -> Params:
-    return jax.tree.map(lambda p, a: jnp.asarray(p).astype(a.dtype) - a, params, anchor)
+def _as_rule(period: Any) -> Rule:
+    if isinstance(period, Rule) or callable(period):
+        return as_rule(period, "period")
+    hint = " A schedule must return integers." if isinstance(period, jax.Array) and period.shape == () else ""
+    check_steps(period, "period", also=", or a rule of gn_linear.periods", hint=hint)
+    return every(period)
 
 
 def _with_penalty(gradient: Params, l2: Any, params: Params) -> Params:
@@ -208,10 +199,3 @@ def _with_penalty(gradient: Params, l2: Any, params: Params) -> Params:
 def _progress(info: LinearisationInfo, relinearise: Flag, error: Scalar) -> LinearisationInfo:
     happened = relinearise.astype(info.age.dtype)
     return LinearisationInfo(info.feature_updates + happened, (info.age + 1) * (1 - happened), error)
-
-
-def _linearisation_error(model: Predict, params: Params, anchor: Params, inputs: Any) -> Scalar:
-    """The share of the outputs' motion that the linearised model misses."""
-    start, change = jax.jvp(lambda p: fence(model(p, inputs)), (anchor,), (_difference(params, anchor),))
-    motion = _tree.subtract(_tree.to_solve(fence(model(params, inputs))), _tree.to_solve(start))
-    return _tree.norm(_tree.subtract(motion, _tree.to_solve(change))) / _tree.norm(motion)

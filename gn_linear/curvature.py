@@ -43,6 +43,10 @@ class LinearisedProblem:
         output_gradient: of the loss, like the outputs.
         objective: loss plus penalty, a scalar.
         l2: coefficient of the penalty, a scalar or a pytree like the parameters.
+        predict: the model.
+        loss: the loss.
+        inputs: the batch.
+        targets: its targets.
     """
 
     params: Params
@@ -51,6 +55,10 @@ class LinearisedProblem:
     output_gradient: Any
     objective: Scalar
     l2: Any
+    predict: Predict
+    loss: Loss
+    inputs: Inputs
+    targets: Targets
 
     def product(self, vector: Params) -> Params:
         """``G v``, undamped, in the dtypes of the solve."""

@@ -133,6 +133,14 @@ def schedule(count):
     return 0.1
 
 
+def halving(count):
+    return 8 // 2 ** (count // 10)
+
+
+def by_age(context):
+    return context.age
+
+
 def relu(x):
     return x
 
@@ -215,7 +223,23 @@ call("delta/string", "delta", "'small'", of=lambda: gnl.losses.huber("small"))
 call("period/float", "period", "2.5", of=lambda: iterative(period=2.5))
 call("period/float array", "period", "2.0", "float32", of=lambda: iterative(period=2 * floats()))
 call("period/pair", "period", "(1, 2)", "tuple", of=lambda: iterative(period=(1, 2)))
-call("period/bare schedule", "period", "the function schedule", of=lambda: iterative(period=schedule))
+call("period/bare schedule", "period", "the function schedule", "0.1", of=lambda: step(iterative(period=schedule)))
+call("period/bare schedule that fails", "period", "the function halving", of=lambda: step(iterative(period=halving)))
+call(
+    "period/rule of integers",
+    "period",
+    "the function by_age",
+    "int32",
+    of=lambda: step(iterative(period=gnl.periods.stop_after(3, by_age))),
+)
+call("period/class", "period", "the class every", "call it first", of=lambda: iterative(period=gnl.periods.every))
+call("rule/number", "rule", "10", of=lambda: gnl.periods.stop_after(3, 10))
+call("k/zero", "k", "0", of=lambda: gnl.periods.every(0))
+call("steps/set", "steps", "{1, 2}", "set", of=lambda: gnl.periods.at({1, 2}))
+call("steps/entry", "steps[1]", "-2", of=lambda: gnl.periods.at([1, -2]))
+call("until/float", "until", "2.5", of=lambda: gnl.periods.early_then_sparse(1, 2.5, 10))
+call("bound/negative", "bound", "-0.1", of=lambda: gnl.periods.when_linearisation_error(-0.1))
+call("probes/zero", "probes", "0", of=lambda: gnl.periods.when_kernel_drifts(0.1, X, probes=0))
 call("period/zero", "period", "0", of=lambda: iterative(period=0))
 call("period/too large", "period", "2147483648", of=lambda: iterative(period=2**31))
 

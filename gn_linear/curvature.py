@@ -168,6 +168,10 @@ def linearised_problem(
         output_gradient=loss.gradient(linearisation.outputs, targets),
         objective=_tree.total(loss(linearisation.outputs, targets), penalty(l2, params)),
         l2=l2,
+        predict=predict,
+        loss=loss,
+        inputs=inputs,
+        targets=targets,
     )
 
 

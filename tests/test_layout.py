@@ -21,6 +21,8 @@ PRIVATE_JAX = re.compile(r"jax\.(_src|core|interpreters)\b")
 
 # Top-level names that share the file of another name.
 SHARED_FILES = {
+    "filtered_predictions": "_filtered_steps",
+    "FilteredStepsInfo": "_filtered_steps",
     "info": "_inspect",
     "anchor": "_inspect",
     "linearised": "_linearise",

@@ -23,8 +23,8 @@ from gn_linear.curvature import LinearisedProblem
 from gn_linear.filters import Filter, Tikhonov
 from gn_linear.solvers._interface import Result, Solver, Status
 
-CHECK_EVERY = 8
-"""How often the growing basis is tested for convergence, in steps; a test costs a small eigendecomposition."""
+CHECKS = 8
+"""How often a growing basis is tested for convergence, at most; a test costs an eigenproblem of its largest size."""
 
 
 class Space(NamedTuple):
@@ -67,12 +67,22 @@ class Filtered(NamedTuple):
     Attributes:
         coefficients: of the basis vectors, times the norm of the starting vector, shape (rank,).
         residual: norm of the residual of the inner problem that the filter solves, shape ().
-        ritz_values: the eigenvalues of the matrix, shape (rank,); 0 beyond the size of the basis.
     """
 
     coefficients: jax.Array
     residual: Scalar
-    ritz_values: jax.Array
+
+
+class Spectrum(NamedTuple):
+    """The eigenproblem of the tridiagonal matrix.
+
+    Attributes:
+        values: the eigenvalues (Ritz values), shape (rank,); 0 beyond the size of the basis.
+        vectors: the eigenvectors, columns, shape (rank, rank).
+    """
+
+    values: jax.Array
+    vectors: jax.Array
 
 
 def krylov_basis(
@@ -128,7 +138,7 @@ def krylov_basis(
         grown = _tree.where(finite, grown, basis._replace(finite=jnp.zeros([], bool)))
         done = ~finite | exhausted
         if converged is not None:
-            asked = (grown.size % CHECK_EVERY == 0) & ~done
+            asked = (grown.size % max(CHECKS, -(-rank // CHECKS)) == 0) & ~done
             done = done | jax.lax.cond(asked, converged, lambda _: jnp.zeros([], bool), grown)
         return grown, images, _tree.divide(moved, unit), _tree.divide(image, unit), ~done
 
@@ -136,7 +146,22 @@ def krylov_basis(
     return jax.lax.while_loop(lambda c: c[4] & (c[0].size < rank), step, carry)[0]
 
 
-def apply_filter(basis: KrylovBasis, function: Callable[[jax.Array], jax.Array]) -> Filtered:
+def tridiagonal_spectrum(basis: KrylovBasis) -> Spectrum:
+    """Eigenvalues and eigenvectors of the operator in the basis.
+
+    Args:
+        basis: the basis.
+
+    Returns:
+        The spectrum of its tridiagonal matrix.
+    """
+    inside = jnp.arange(basis.diagonal.shape[0]) < basis.size
+    coupling = jnp.where(inside[1:], basis.off_diagonal[:-1], 0.0)
+    # Rows beyond the size are zero and coupled to nothing: their eigenvectors have no share in the first unit vector.
+    return Spectrum(*jnp.linalg.eigh(jnp.diag(basis.diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)))
+
+
+def apply_filter(basis: KrylovBasis, spectrum: Spectrum, function: Callable[[jax.Array], jax.Array]) -> Filtered:
     r"""A filter of the operator, in the basis.
 
     The residual is :math:`\|b\| \beta_m |e_m^T \varphi(T) e_1|`: that of :math:`(G + \mu) d = -b` for damping, of
@@ -144,21 +169,17 @@ def apply_filter(basis: KrylovBasis, function: Callable[[jax.Array], jax.Array])
 
     Args:
         basis: the basis.
+        spectrum: of the basis.
         function: of the eigenvalues.
 
     Returns:
         The coefficients, with an estimate of what the basis misses.
     """
-    rank = basis.diagonal.shape[0]
-    inside = jnp.arange(rank) < basis.size
-    coupling = jnp.where(inside[1:], basis.off_diagonal[:-1], 0.0)
-    matrix = jnp.diag(basis.diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
-    # Rows beyond the size are zero and coupled to nothing: their eigenvectors have no share in the first unit vector.
-    values, eigenvectors = jnp.linalg.eigh(matrix)
-    solution = jnp.where(inside, eigenvectors @ (function(values) * eigenvectors[0]), 0.0)
+    inside = jnp.arange(basis.diagonal.shape[0]) < basis.size
+    solution = spectrum.vectors @ (function(spectrum.values) * spectrum.vectors[0])
+    coefficients = basis.norm * jnp.where(inside, solution, 0.0)
     last = jnp.maximum(basis.size - 1, 0)
-    coefficients = basis.norm * solution
-    return Filtered(coefficients, basis.off_diagonal[last] * jnp.abs(coefficients[last]), values)
+    return Filtered(coefficients, basis.off_diagonal[last] * jnp.abs(coefficients[last]))
 
 
 class LanczosState(NamedTuple):
@@ -174,6 +195,7 @@ class LanczosState(NamedTuple):
 class _Prepared(NamedTuple):
     problem: LinearisedProblem
     bases: tuple[KrylovBasis, ...]
+    spectra: tuple[Spectrum, ...]
     target: Scalar
     rest: Params | None
     size: Scalar
@@ -252,7 +274,7 @@ class Lanczos(Solver):
         if not self._in_outputs(problem):
             converged = self._converged(self._functions(state.damping / 4, 0.0)[0], target, state)
             basis = krylov_basis(parameter_space(problem), scaled, self.rank, converged)
-            return _Prepared(problem, (basis,), target, None, size, state)
+            return _Prepared(problem, (basis,), (tridiagonal_spectrum(basis),), target, None, size, state)
         start = _tree.divide(_tree.to_solve(problem.output_gradient), size)
         own = pulled_back(problem, start)
         rest = _tree.subtract(scaled, own)
@@ -266,14 +288,18 @@ class Lanczos(Solver):
             krylov_basis(space, vector, self.rank, self._converged(function, target, state))
             for vector, function in zip((start, moved), functions, strict=True)
         )
-        return _Prepared(problem, bases, target, rest, size, state)
+        spectra = tuple(tridiagonal_spectrum(basis) for basis in bases)
+        return _Prepared(problem, bases, spectra, target, rest, size, state)
 
     def solve(self, prepared: _Prepared, damping: Scalar) -> Result:
-        """The step for one damping: a small eigenproblem and one pullback."""
+        """The step for one damping: a small product, and in the space of outputs one pullback."""
         problem, bases = prepared.problem, prepared.bases
         in_parameters = prepared.rest is None
-        functions = self._functions(damping, 0.0 if in_parameters else problem.l2)[: len(bases)]
-        filtered = [apply_filter(basis, function) for basis, function in zip(bases, functions, strict=True)]
+        functions = self._functions(damping, 0.0 if in_parameters else problem.l2)
+        filtered = [
+            apply_filter(basis, spectrum, function)
+            for basis, spectrum, function in zip(bases, prepared.spectra, functions, strict=False)
+        ]
         vectors = [combination(basis, f.coefficients) for basis, f in zip(bases, filtered, strict=True)]
         if in_parameters:
             step = vectors[0]
@@ -324,7 +350,11 @@ class Lanczos(Solver):
     def _converged(
         self, function: Callable[[jax.Array], jax.Array], target: Scalar, state: LanczosState
     ) -> Callable[[KrylovBasis], jax.Array]:
-        return lambda basis: (apply_filter(basis, function).residual <= target) & (state.damping > 0)
+        def converged(basis: KrylovBasis) -> jax.Array:
+            residual = apply_filter(basis, tridiagonal_spectrum(basis), function).residual
+            return (residual <= target) & (state.damping > 0)
+
+        return converged
 
 
 def parameter_space(problem: LinearisedProblem) -> Space:

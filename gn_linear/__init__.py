@@ -1,6 +1,7 @@
 """Second-order optimisation for JAX: damped Gauss-Newton and iterative linearisation as optax transforms."""
 
 from gn_linear import damping, filters, losses, periods, preconditioners, solvers, wrappers
+from gn_linear._filtered_steps import FilteredStepsInfo, filtered_predictions, filtered_steps
 from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState, gauss_newton
 from gn_linear._inspect import anchor, info
 from gn_linear._iterative_linearisation import (
@@ -14,6 +15,7 @@ from gn_linear._refusal import Refusal
 __version__ = "0.1.0"
 
 __all__ = [
+    "FilteredStepsInfo",
     "GaussNewtonInfo",
     "GaussNewtonState",
     "IterativeLinearisationState",
@@ -22,6 +24,8 @@ __all__ = [
     "Refusal",
     "anchor",
     "damping",
+    "filtered_predictions",
+    "filtered_steps",
     "filters",
     "gauss_newton",
     "info",

@@ -5,7 +5,7 @@ what makes the inner products of a Gauss-Newton step cheaper than a gradient.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,29 @@ def linearised(predict: Predict, anchor: Params) -> Predict:
         return jax.tree.map(jnp.add, outputs, change)
 
     return predict_lin
+
+
+def over_batches(predict: Predict) -> Predict:
+    """The model on batches that are stacked on a leading axis of every leaf of its inputs, as one long batch.
+
+    Args:
+        predict: the model of one batch.
+
+    Returns:
+        The model whose outputs have the two leading axes, batch and example, merged.
+    """
+
+    def checked(params: Params, inputs: Inputs) -> Outputs:
+        outputs = predict(params, inputs)
+        _check_outputs(outputs)
+        return outputs
+
+    return lambda params, inputs: merge_batches(jax.vmap(checked, (None, 0))(params, inputs))
+
+
+def merge_batches(tree: Any) -> Any:
+    """A tree with the two leading axes of each leaf merged."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (np.shape(x)[0] * np.shape(x)[1], *np.shape(x)[2:])), tree)
 
 
 def _check_outputs(outputs: Outputs) -> None:

@@ -1,4 +1,4 @@
-"""The data of the suites: real digits that a package ships, a smooth function, and the order of minibatches."""
+"""The data of the suites: real digits that packages ship, a smooth function, and the order of minibatches."""
 
 from typing import NamedTuple
 
@@ -30,6 +30,24 @@ def mnist(train: int = 4000) -> Split:
     pixels, labels = mnist_data()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     inputs = (pixels[order] / 255).astype(np.float32)
+    labels = labels[order].astype(np.int32)
+    return Split(inputs[:train], labels[:train], inputs[train:], labels[train:])
+
+
+def digits(train: int = 1500) -> Split:
+    """Loads the 1,797 digits of 8 x 8 pixels that scikit-learn ships; nothing is downloaded.
+
+    Args:
+        train: number of training images; the rest are test images.
+
+    Returns:
+        Inputs (n, 64), float32 in [0, 1], and integer labels (n,). The split is the same at every call.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+    inputs = (pixels[order] / 16).astype(np.float32)
     labels = labels[order].astype(np.int32)
     return Split(inputs[:train], labels[:train], inputs[train:], labels[train:])
 

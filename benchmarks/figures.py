@@ -13,19 +13,20 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 
 
-def panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Makes a figure of panels side by side that share their vertical axis.
+def panels(count: int, title: str, *, shared: bool = True) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of panels side by side.
 
     Args:
         count: number of panels.
         title: the figure's title.
+        shared: whether they share their vertical axis.
 
     Returns:
         The figure and its panels.
     """
     figure = Figure(figsize=(5.2 * count, 4.6), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, count, sharey=shared, squeeze=False)[0]
     for panel in axes:
         panel.grid(visible=True, which="major", alpha=0.3)
     return figure, list(axes)

@@ -71,6 +71,34 @@ def checked_params(transform: str, updates: Params, params: Params | None, input
     return _tree.strongly_typed(params)
 
 
+def check_stacked(solver: Any, count: int, curvature_inputs: Any, **batches: Any) -> None:
+    """Raise unless a step's batches are stacked on a leading axis.
+
+    Args:
+        solver: whoever takes them, for the messages.
+        count: how many there must be.
+        curvature_inputs: what must not be given then.
+        **batches: ``inputs`` and ``targets``.
+
+    Raises:
+        ValueError: a leaf has another leading axis, or there is a curvature batch.
+    """
+    needs = f"{type(solver).__name__} takes {count} fresh batches a step"
+    if curvature_inputs is not None:
+        raise ValueError(
+            f"curvature_inputs are given, but {needs} from inputs; leave curvature_inputs out, or use a solver without "
+            "fresh batches."
+        )
+    for argument, tree in batches.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if np.shape(leaf)[:1] != (count,) or (argument == "targets" and np.ndim(leaf) == 1):
+                raise ValueError(
+                    f"{argument}: {_tree.leaf_label(path)} has shape {np.shape(leaf)}, but {needs}, so every leaf of "
+                    f"inputs and targets needs a leading axis of length {count} in front of that of the examples; use "
+                    f"jnp.stack on {count} batches of one size."
+                )
+
+
 def check_state(transform: str, state: Any, kind: type, init: Callable[[Params], Any], params: Params) -> None:
     """Raise unless the state is what ``init`` of this transform makes for such parameters, leaf by leaf.
 

@@ -35,7 +35,7 @@ class FilteredStepsInfo(NamedTuple):
         residual: of the inner problem that each filter solves, relative to the gradient, shape (filters,). For damping
             it is that of the linear system, for gradient flow that of the differential equation at its last time.
         error_bound: the residual times the filter's largest value, relative to the step, shape (filters,); an estimate
-            of the relative error of the step, which for damping is a bound.
+            of the relative error of the step, which for damping is a bound in exact arithmetic; it sees no rounding.
         stable: whether the solver that a filter stands for converges on this spectrum, shape (filters,).
         finite: whether every product was finite, shape ().
         ritz_values: eigenvalues of the Gauss-Newton matrix as the basis sees them, shape (rank,), 0 beyond its size.
@@ -121,7 +121,8 @@ def filtered_steps(
     solved = _solve(problem, filters, rank, rtol, in_outputs)
 
     def step(coefficients: jax.Array) -> Params:
-        vector = combination(solved.basis, -coefficients)
+        like = solved.problem.linearisation.outputs if solved.in_outputs else solved.problem.params
+        vector = combination(solved.basis, -coefficients, like)
         vector = pulled_back(solved.problem, vector) if solved.in_outputs else vector
         return _tree.cast_like(vector, params)
 
@@ -185,7 +186,9 @@ def filtered_predictions(
     elsewhere = linearise(predict, params, other_inputs)
 
     def prediction(coefficients: jax.Array) -> Outputs:
-        pulled = pulled_back(solved.problem, combination(solved.basis, -coefficients))
+        pulled = pulled_back(
+            solved.problem, combination(solved.basis, -coefficients, solved.problem.linearisation.outputs)
+        )
         change = elsewhere.jvp(_tree.cast_like(pulled, solved.problem.params))
         return jax.tree.map(jnp.add, elsewhere.outputs, change)
 

@@ -14,7 +14,16 @@ import optax
 
 from gn_linear import _tree
 from gn_linear import damping as damping_policies
-from gn_linear._batch import MISSING, check_keywords, check_model, check_state, checked_params, whole_model
+from gn_linear._batch import (
+    MISSING,
+    check_keywords,
+    check_model,
+    check_stacked,
+    check_state,
+    checked_params,
+    whole_model,
+)
+from gn_linear._linearise import merge_batches, over_batches
 from gn_linear._refusal import ADVICE, Refusal, first_reason
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number, shown
@@ -105,7 +114,8 @@ def gauss_newton(
     .. math:: d = -\eta \, (J^T H J + \lambda I + \mu I)^{-1} b.
 
     Under an adaptive damping policy a step that raises the objective raises the damping and is halved, at most five
-    times, until it lowers it. A step that is not finite or still raises the objective is refused: the update is zero,
+    times, until it lowers it; ``solvers.Lanczos`` solves again with more damping instead, and ``damping.Path`` takes
+    the best of several. A step that is not finite or still raises the objective is refused: the update is zero,
     the parameters stay as they are to the bit and the step is counted in ``info``. The objective is
     :math:`F + \langle b - \nabla F, \cdot \rangle` with :math:`F` the loss plus the penalty, so clipping, weight decay
     and accumulation in front of this transform compose, and the gain ratio is 1 on every quadratic.
@@ -113,7 +123,8 @@ def gauss_newton(
     ``update(updates, state, params, *, inputs, targets=None, full_params=None, curvature_inputs=None,
     curvature_targets=None)`` takes the batch of the gradient as ``inputs`` and ``targets``, handed to ``predict`` and
     ``loss``. ``curvature_inputs`` (with ``curvature_targets``) gives the inner solver another batch; steps are judged
-    on ``inputs`` all the same. ``full_params`` is needed inside ``optax.masked`` and ``optax.partition``.
+    on ``inputs`` all the same. ``full_params`` is needed inside ``optax.masked`` and ``optax.partition``. A solver with
+    fresh batches takes them stacked on a leading axis of ``inputs`` and ``targets``, and the gradient of their mean.
 
     Args:
         predict: the model, ``predict(params, inputs) -> outputs``; the outputs' leading axis is the example.
@@ -223,6 +234,9 @@ class _GaussNewton:
         check_state("gauss_newton", state, GaussNewtonState, self.init, params)
         same_model = check_model("gauss_newton", state.model, params)
         model = whole_model(self.predict, params, full_params)
+        if self.solver.batches is not None:
+            check_stacked(self.solver, self.solver.batches, curvature_inputs, inputs=inputs, targets=targets)
+            model, targets = over_batches(model), merge_batches(targets)
         coefficient = fit_l2(self.l2, params)
         problem = linearised_problem(model, self.loss, params, inputs, targets=targets, l2=coefficient)
         curved = problem
@@ -260,12 +274,13 @@ class _GaussNewton:
         last, learnt = search.run(state.damping)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(last.trial.accepted, u, jnp.full_like(u, -0.0)), last.emitted)
+        kept_by_solver = last.trial.accepted if self.solver.part_of_run else _tree.all_finite(last.result.step)
         new_state = GaussNewtonState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             damping=learnt,
             # A scale under which every step is rounding came from another regime, and is estimated anew.
             scale=jnp.where(last.trial.informative | ~jnp.asarray(self.policy.adaptive), scale, jnp.zeros_like(scale)),
-            solver=_tree.where(_tree.all_finite(last.result.step), last.result.state, state.solver),
+            solver=_tree.where(kept_by_solver, last.result.state, state.solver),
             model=state.model,
             info=_report(problem, last, state.info),
         )

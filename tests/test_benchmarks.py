@@ -88,6 +88,17 @@ def test_mnist_split_is_deterministic_disjoint_and_scaled():
     assert not train & test
 
 
+def test_digits_split_is_deterministic_disjoint_and_scaled():
+    split, again = data.digits(500), data.digits(500)
+    assert all(np.array_equal(first, second) for first, second in zip(split, again, strict=True))
+    assert split.train_inputs.shape == (500, 64)
+    assert split.test_inputs.shape == (1297, 64)
+    assert split.train_inputs.dtype == np.float32
+    assert split.train_inputs.min() == 0
+    assert split.train_inputs.max() == 1
+    assert set(split.train_targets) == set(range(10))
+
+
 def test_batch_order_is_seeded_and_uses_each_example_once_per_epoch():
     order = data.batch_order(examples=10, batch_size=3, steps=7, seed=0)
     assert order.shape == (7, 3)
@@ -161,3 +172,33 @@ def test_regression_table_says_when_a_peer_is_faster():
     assert "Fastest to 0.0001: peer." in printed
     assert "0.50" in printed
     assert "not reached" in printed
+
+
+def test_exact_steps_of_periods_are_those_of_the_loop():
+    suite = suites.load("periods")
+    values, rate = np.array([0.0, 1e-3, 0.5, 1.99]), 0.5
+    for period in (1, 7, 100):
+        looped = np.zeros(4)
+        for _ in range(period):
+            looped += rate * (1.0 - values * looped)
+        np.testing.assert_allclose(suite.gradient_descent(values, rate, period), looped, rtol=1e-12)
+
+
+def test_periods_measures_one_small_problem(monkeypatch):
+    suite = suites.load("periods")
+    monkeypatch.setattr(suite, "QUICK_IMAGES", 10)
+    monkeypatch.setattr(suite, "LARGEST_RANK", 8)
+    monkeypatch.setattr(suite, "PERIODS", (1, 10))
+    monkeypatch.setattr(suite, "BASES", (suite.Basis("float32", 8, 10, 2.0, 0.5), suite.Basis("float64", 8, 10)))
+    found = suite.measure(suite.problems(0, quick=True)[0], quick=True)
+    rows = record.plain({name: [{"seed": 0} | row for row in rows] for name, rows in found.items()})
+    errors = {(row["method"], row["period"]): row["error"] for row in rows["errors"]}
+    assert errors["loop, float32", 10] < 1e-5
+    assert errors["loop, float64", 10] < 1e-12
+    assert errors["basis, float32, rank 8, to 10", 1] < 1e-5
+    assert errors["basis, float64, rank 8, to 10", 10] < 1e-2
+    assert {row["period"]: row["products"] for row in rows["growth"]}[1] == 1
+    printed = suite.table(rows)
+    assert "by the basis, float32, rank 8, to 10" in printed
+    assert "float64, rank 8" in printed
+    assert suite.figure(rows).axes

@@ -153,6 +153,14 @@ def iterative(**options):
     return gnl.iterative_linearisation(linear, SQUARED, **{"period": 2, **options})
 
 
+def first_order(**options):
+    return gnl.solvers.FirstOrder(optax.sgd(0.1), 2, **options)
+
+
+def filtered(filters, predict=linear):
+    return gnl.filtered_steps(predict, params(), X, Y, filters, rank=2)
+
+
 def step(optimiser=None, updates=None, p=None, state=None, **batch):
     """One update, all of whose arguments have defaults that fit."""
     optimiser = gauss_newton() if optimiser is None else optimiser
@@ -218,6 +226,12 @@ call("decay/negative", "decay", "-0.5", of=lambda: gnl.preconditioners.Jacobi(de
 call("minimum/zero", "minimum", "0.0", of=lambda: gnl.damping.LevenbergMarquardt(minimum=0.0))
 call("maximum/too large", "maximum", "1e+39", of=lambda: gnl.damping.LevenbergMarquardt(maximum=1e39))
 call("initial/not in between", "initial", "10.0", "1.0", of=lambda: gnl.damping.LevenbergMarquardt(10.0, maximum=1.0))
+call("factors/list", "factors", "[0.1, 1.0] (a list)", of=lambda: gnl.damping.Path(factors=[0.1, 1.0]))
+call("factors/empty", "factors", "()", of=lambda: gnl.damping.Path(factors=()))
+call("factors/entry", "factors[1]", "-1.0", of=lambda: gnl.damping.Path(factors=(0.1, -1.0)))
+call("rank/zero", "rank", "0", of=lambda: gnl.solvers.Lanczos(rank=0))
+call("proximal/negative", "proximal", "-0.1", of=lambda: first_order(proximal=-0.1))
+call("inner steps/float", "steps", "2.5", of=lambda: gnl.solvers.FirstOrder(optax.sgd(0.1), 2.5))
 call("delta/zero", "delta", "0.0", of=lambda: gnl.losses.huber(0.0))
 call("delta/string", "delta", "'small'", of=lambda: gnl.losses.huber("small"))
 call("period/float", "period", "2.5", of=lambda: iterative(period=2.5))
@@ -258,6 +272,17 @@ call("loss/maker", "loss", "huber", of=lambda: gnl.losses.from_convex(gnl.losses
 call("solver/string", "solver", "'cg'", of=lambda: gauss_newton(solver="cg"))
 call("solver/class", "solver", "the class CG", of=lambda: gauss_newton(solver=gnl.solvers.CG))
 call("preconditioner/string", "preconditioner", "'jacobi'", of=lambda: gnl.solvers.CG(preconditioner="jacobi"))
+call(
+    "solver/without damping",
+    "damping must be 0.0",
+    "MinimumNorm",
+    "LevenbergMarquardt",
+    of=lambda: gauss_newton(solver=gnl.solvers.Lanczos(filter=gnl.filters.MinimumNorm())),
+)
+call("filter/string", "filter", "'tikhonov'", of=lambda: gnl.solvers.Lanczos(filter="tikhonov"))
+call("filter/class", "filter", "the class Tikhonov", of=lambda: gnl.solvers.Lanczos(filter=gnl.filters.Tikhonov))
+call("optimiser/not called", "optimiser", "the function adam", of=lambda: gnl.solvers.FirstOrder(optax.adam, 5))
+call("optimiser/string", "optimiser", "'sgd'", of=lambda: gnl.solvers.FirstOrder("sgd", 5))
 call("schedule/number", "schedule", "0.1", of=lambda: gnl.damping.Schedule(0.1))
 call(
     "transform/not called",
@@ -267,6 +292,10 @@ call(
 )
 call("filter/without damping", "filter", "MinimumNorm", of=lambda: gnl.filters.MinimumNorm().at_damping(floats()))
 call("transform/none", "transform", "None", of=lambda: gnl.wrappers.without_batch(None))
+call("filters/one filter", "filters", "Tikhonov(", of=lambda: filtered(gnl.filters.Tikhonov(1.0)))
+call("filters/empty", "filters", "[]", of=lambda: filtered([]))
+call("filters/entry", "filters[1]", "0.5", of=lambda: filtered([gnl.filters.Tikhonov(1.0), 0.5]))
+call("filters/predict", "predict", "None", of=lambda: filtered([gnl.filters.Tikhonov(1.0)], predict=None))
 call("weighted/plain callable", "loss", "the function log_cosh", of=lambda: gnl.losses.weighted(optax.losses.log_cosh))
 call(
     "weighted/from_convex",
@@ -318,6 +347,12 @@ call("keyword/target", "target", "gauss_newton", of=lambda: step(target=Y))
 call("keyword/input", "input", "iterative_linearisation", of=lambda: step(iterative(), input=X))
 call("curvature_targets/missing", "curvature_targets", "missing", of=lambda: step(curvature_inputs=X))
 call("curvature_inputs/missing", "curvature_inputs", "missing", of=lambda: step(curvature_targets=Y))
+
+
+@case("curvature_inputs/with fresh batches", "curvature_inputs", "FirstOrder takes 2 fresh batches")
+def _():
+    batch = {"inputs": floats(2, 4, 3), "targets": floats(2, 4), "curvature_inputs": X, "curvature_targets": Y}
+    step(gauss_newton(solver=first_order(fresh_batches=True)), **batch)
 
 
 @case("with_batch/batch given twice", "inputs, targets", "already bound")
@@ -401,6 +436,25 @@ call("targets/none", "targets", "None", of=lambda: gnl.losses.poisson(Y))
 call("targets/column for a vector", "targets", "(4, 1)", "(4,)", of=lambda: step(targets=COLUMN))
 call("targets/other length", "targets", "(5,)", "(4,)", of=lambda: step(targets=floats(5)))
 call("targets/scalar", "targets", "()", "(4,)", of=lambda: step(targets=0.0))
+call(
+    "inputs/one batch for fresh batches",
+    "inputs",
+    "(4, 3)",
+    "length 2",
+    of=lambda: step(gauss_newton(solver=first_order(fresh_batches=True))),
+)
+call(
+    "targets/leaf of fresh batches",
+    "targets",
+    "['scale']",
+    "(3, 4)",
+    "length 2",
+    of=lambda: step(
+        gnl.gauss_newton(two_heads, SQUARED, solver=first_order(fresh_batches=True)),
+        inputs=floats(2, 4, 3),
+        targets={"mean": floats(2, 4), "scale": floats(3, 4)},
+    ),
+)
 call("targets/list of numbers", "targets", "a list of 4", "(4,)", of=lambda: step(targets=[0.0, 1.0, 0.0, 1.0]))
 call("targets/pair for a plain loss", "targets", "a tuple of 2", of=lambda: step(targets=(Y, Y)))
 call(

@@ -21,7 +21,9 @@ class Status(enum.IntEnum):
     NON_POSITIVE_CURVATURE = 3
     """A direction without positive curvature was met; the step before it is used."""
     NON_FINITE = 4
-    """A product or the right-hand side was not finite; the step before it is used."""
+    """A product, an inner step or the right-hand side was not finite; the step before it is used."""
+    COMPLETED = 5
+    """All inner steps that were asked for were taken, by a solver that has no tolerance to meet."""
 
 
 class Result(NamedTuple):
@@ -50,14 +52,25 @@ class Solver:
     Attributes:
         cheap_again: whether ``solve`` costs next to nothing once prepared; a step that raises the objective is then
             solved again with more damping instead of being halved.
+        part_of_run: whether the state belongs to the run as the parameters do, such as a momentum, so that a refused
+            step leaves it as it was; otherwise it is what the solver has learnt, which a refusal does not undo.
     """
 
     cheap_again: ClassVar[bool] = False
+    part_of_run: ClassVar[bool] = False
 
     @property
     def adaptable(self) -> bool:
         """Whether the solver uses the damping; if not, only ``damping=0.0`` goes with it."""
         return True
+
+    @property
+    def batches(self) -> int | None:
+        """How many batches a step takes, stacked on a new leading axis of its inputs and targets; None for one batch.
+
+        The problem is then that of all of them, and its targets have the two leading axes merged.
+        """
+        return None
 
     def init(self, params: Params) -> Any:
         """The state before the first step, a pytree of arrays.

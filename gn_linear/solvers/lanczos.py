@@ -45,7 +45,8 @@ class KrylovBasis(NamedTuple):
     """An orthonormal Krylov basis, with the operator in it.
 
     Attributes:
-        vectors: the basis, stacked along a leading axis of ``rank``; zeros beyond ``size``.
+        vectors: the basis, like the starting vector with flat leaves (rank, size of the leaf); what stands beyond
+            ``size`` does not count.
         diagonal: of the tridiagonal matrix, shape (rank,).
         off_diagonal: below it; the last entry in use couples the basis to what it does not hold, shape (rank,).
         norm: of the starting vector.
@@ -106,7 +107,8 @@ def krylov_basis(
     dtype = norm.dtype
     unit = jnp.where((norm > 0) & jnp.isfinite(norm), norm, jnp.ones_like(norm))
     first, first_image = _tree.divide(start, unit), _tree.divide(image, unit)
-    store = jax.tree.map(lambda x: jnp.zeros((rank, *x.shape), x.dtype), start)
+    # Flat leaves: XLA on CPU copies a stack of matrices at every step to multiply by it.
+    store = jax.tree.map(lambda x: jnp.zeros((rank, x.size), x.dtype), start)
     images = None if space.plain else store
     zeros = jnp.zeros([rank], dtype)
     live = (norm > 0) & jnp.isfinite(norm) & _tree.all_finite(start)
@@ -117,25 +119,27 @@ def krylov_basis(
         k = basis.size
         vectors = _tree_set(basis.vectors, k, vector)
         images = None if images is None else _tree_set(images, k, image)
+        vectors, images = jax.lax.optimization_barrier((vectors, images))  # else the stacks are copied, too
         duals = vectors if images is None else images
         moved = space.apply(image)
         alpha = _tree.dot(image, moved).astype(dtype)
         scale = jnp.maximum(jnp.abs(alpha), jnp.max(jnp.abs(basis.diagonal) + jnp.abs(basis.off_diagonal)))
         for _ in range(2):
-            moved = _tree.subtract(moved, _combine(vectors, _project(duals, moved, dtype)))
+            moved = _tree.subtract(moved, _combine(vectors, _project(duals, moved, dtype), moved))
         beta, image = space.dual(moved)
         finite = jnp.isfinite(alpha) & jnp.isfinite(beta) & _tree.all_finite(moved)
         exhausted = beta <= 10 * jnp.finfo(dtype).eps * scale
         unit = jnp.where(finite & ~exhausted, beta, jnp.ones_like(beta)).astype(dtype)
         grown = KrylovBasis(
-            vectors,
+            (),
             basis.diagonal.at[k].set(alpha),
             basis.off_diagonal.at[k].set(jnp.where(exhausted, 0.0, beta).astype(dtype)),
             basis.norm,
             k + 1,
             basis.finite,
         )
-        grown = _tree.where(finite, grown, basis._replace(finite=jnp.zeros([], bool)))
+        before = basis._replace(vectors=(), finite=jnp.zeros([], bool))
+        grown = _tree.where(finite, grown, before)._replace(vectors=vectors)
         done = ~finite | exhausted
         if converged is not None:
             asked = (grown.size % max(CHECKS, -(-rank // CHECKS)) == 0) & ~done
@@ -300,7 +304,8 @@ class Lanczos(Solver):
             apply_filter(basis, spectrum, function)
             for basis, spectrum, function in zip(bases, prepared.spectra, functions, strict=False)
         ]
-        vectors = [combination(basis, f.coefficients) for basis, f in zip(bases, filtered, strict=True)]
+        like = problem.params if in_parameters else problem.linearisation.outputs
+        vectors = [combination(basis, f.coefficients, like) for basis, f in zip(bases, filtered, strict=True)]
         if in_parameters:
             step = vectors[0]
         else:
@@ -381,22 +386,22 @@ def pulled_back(problem: LinearisedProblem, vector: Any) -> Params:
     return _tree.to_solve(problem.linearisation.vjp(_tree.cast_like(vector, problem.linearisation.outputs)))
 
 
-def combination(basis: KrylovBasis, coefficients: jax.Array) -> Any:
-    """The vector of these coefficients."""
-    return _combine(basis.vectors, coefficients)
+def combination(basis: KrylovBasis, coefficients: jax.Array, like: Any) -> Any:
+    """The vector of these coefficients, with leaves of the shapes of ``like``."""
+    return _combine(basis.vectors, coefficients, like)
 
 
 def _tree_set(stack: Any, index: Count, vector: Any) -> Any:
-    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_index_in_dim(s, v, index, 0), stack, vector)
+    return jax.tree.map(lambda s, v: jax.lax.dynamic_update_index_in_dim(s, v.ravel(), index, 0), stack, vector)
 
 
 def _project(stack: Any, vector: Any, dtype: Any) -> jax.Array:
-    def leaf(s: jax.Array, v: jax.Array) -> jax.Array:
-        axes = tuple(range(1, s.ndim))
-        return jnp.sum(s * v[None], axis=axes).astype(dtype) if axes else (s * v).astype(dtype)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, stack, vector)), jnp.zeros([], dtype))
+    parts = jax.tree.map(lambda s, v: jnp.sum(s * v.ravel()[None], axis=1).astype(dtype), stack, vector)
+    return sum(jax.tree.leaves(parts), jnp.zeros([], dtype))
 
 
-def _combine(stack: Any, coefficients: jax.Array) -> Any:
-    return jax.tree.map(lambda s: jnp.tensordot(coefficients.astype(s.dtype), s, axes=1), stack)
+def _combine(stack: Any, coefficients: jax.Array, like: Any) -> Any:
+    def leaf(s: jax.Array, x: Any) -> jax.Array:
+        return jnp.dot(coefficients.astype(s.dtype), s, precision="highest").reshape(jnp.shape(x))
+
+    return jax.tree.map(leaf, stack, like)

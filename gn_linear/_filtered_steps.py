@@ -116,15 +116,16 @@ def filtered_steps(
         Saad (1992), Analysis of some Krylov subspace approximations to the matrix exponential operator.
     """
     _check(predict, filters, rank, rtol)
+    _tree.check_float_leaves(params, "params")
     problem = linearised_problem(predict, from_convex(loss), _tree.strongly_typed(params), inputs, targets=targets)
-    in_outputs = 2 * problem.output_size < sum(leaf.size for leaf in jax.tree.leaves(params))
+    in_outputs = 2 * problem.output_size < sum(leaf.size for leaf in jax.tree.leaves(problem.params))
     solved = _solve(problem, filters, rank, rtol, in_outputs)
 
     def step(coefficients: jax.Array) -> Params:
         like = solved.problem.linearisation.outputs if solved.in_outputs else solved.problem.params
         vector = combination(solved.basis, -coefficients, like)
         vector = pulled_back(solved.problem, vector) if solved.in_outputs else vector
-        return _tree.cast_like(vector, params)
+        return _tree.cast_like(vector, problem.params)
 
     return jax.lax.map(step, solved.filtered.coefficients), solved.info
 
@@ -181,6 +182,7 @@ def filtered_predictions(
         evolve as linear models, equation 10.
     """
     _check(predict, filters, rank, 0.0)
+    _tree.check_float_leaves(params, "params")
     problem = linearised_problem(predict, from_convex(loss), _tree.strongly_typed(params), inputs, targets=targets)
     solved = _solve(problem, filters, rank, 0.0, in_outputs=True)
     elsewhere = linearise(predict, params, other_inputs)
@@ -224,7 +226,7 @@ def _solve(problem: LinearisedProblem, filters: Sequence[Filter], rank: int, rto
     info = FilteredStepsInfo(
         products=basis.size,
         residual=filtered.residual / norm,
-        error_bound=bounds(basis, filtered),
+        error_bound=jnp.where(basis.finite, bounds(basis, filtered), jnp.nan),
         stable=jnp.stack([chosen.stable(spectrum.values) for chosen in filters]),
         finite=basis.finite,
         ritz_values=spectrum.values,

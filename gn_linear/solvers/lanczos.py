@@ -27,6 +27,9 @@ CHECKS = 8
 """How often a growing basis is tested for convergence, at most; a test costs an eigenproblem of its largest size."""
 
 
+_Carry = tuple["KrylovBasis", Any, Any, Any, Scalar, jax.Array]
+
+
 class Space(NamedTuple):
     """A self-adjoint operator and its inner product, as Lanczos needs them.
 
@@ -114,8 +117,8 @@ def krylov_basis(
     live = (norm > 0) & jnp.isfinite(norm) & _tree.all_finite(start)
     basis = KrylovBasis(store, zeros, zeros, norm, jnp.zeros([], jnp.int32), jnp.isfinite(norm))
 
-    def step(carry: tuple[KrylovBasis, Any, Any, Any, jax.Array]) -> tuple[KrylovBasis, Any, Any, Any, jax.Array]:
-        basis, images, vector, image, _ = carry
+    def step(carry: _Carry) -> _Carry:
+        basis, images, vector, image, reach, _ = carry
         k = basis.size
         vectors = _tree_set(basis.vectors, k, vector)
         images = None if images is None else _tree_set(images, k, image)
@@ -128,7 +131,10 @@ def krylov_basis(
             moved = _tree.subtract(moved, _combine(vectors, _project(duals, moved, dtype), moved))
         beta, image = space.dual(moved)
         finite = jnp.isfinite(alpha) & jnp.isfinite(beta) & _tree.all_finite(moved)
-        exhausted = beta <= 10 * jnp.finfo(dtype).eps * scale
+        # What lies outside of the range of the Gram matrix does not count in the norm, but rounds into it.
+        ratio = _tree.norm(image) / jnp.where(beta > 0, beta, jnp.ones_like(beta))
+        reach = jnp.maximum(reach, jnp.where(beta > 0, ratio, jnp.zeros_like(ratio)))
+        exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.maximum(scale, reach * _tree.norm(moved))
         unit = jnp.where(finite & ~exhausted, beta, jnp.ones_like(beta)).astype(dtype)
         grown = KrylovBasis(
             (),
@@ -144,10 +150,10 @@ def krylov_basis(
         if converged is not None:
             asked = (grown.size % max(CHECKS, -(-rank // CHECKS)) == 0) & ~done
             done = done | jax.lax.cond(asked, converged, lambda _: jnp.zeros([], bool), grown)
-        return grown, images, _tree.divide(moved, unit), _tree.divide(image, unit), ~done
+        return grown, images, _tree.divide(moved, unit), _tree.divide(image, unit), reach, ~done
 
-    carry = (basis, images, first, first_image, live)
-    return jax.lax.while_loop(lambda c: c[4] & (c[0].size < rank), step, carry)[0]
+    carry = (basis, images, first, first_image, _tree.norm(first_image), live)
+    return jax.lax.while_loop(lambda c: c[-1] & (c[0].size < rank), step, carry)[0]
 
 
 def tridiagonal_spectrum(basis: KrylovBasis) -> Spectrum:
@@ -159,7 +165,7 @@ def tridiagonal_spectrum(basis: KrylovBasis) -> Spectrum:
     Returns:
         The spectrum of its tridiagonal matrix.
     """
-    inside = jnp.arange(basis.diagonal.shape[0]) < basis.size
+    inside = jnp.arange(basis.diagonal.shape[0], dtype=basis.size.dtype) < basis.size
     coupling = jnp.where(inside[1:], basis.off_diagonal[:-1], 0.0)
     # Rows beyond the size are zero and coupled to nothing: their eigenvectors have no share in the first unit vector.
     return Spectrum(*jnp.linalg.eigh(jnp.diag(basis.diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)))
@@ -179,7 +185,7 @@ def apply_filter(basis: KrylovBasis, spectrum: Spectrum, function: Callable[[jax
     Returns:
         The coefficients, with an estimate of what the basis misses.
     """
-    inside = jnp.arange(basis.diagonal.shape[0]) < basis.size
+    inside = jnp.arange(basis.diagonal.shape[0], dtype=basis.size.dtype) < basis.size
     solution = spectrum.vectors @ (function(spectrum.values) * spectrum.vectors[0])
     coefficients = basis.norm * jnp.where(inside, solution, 0.0)
     last = jnp.maximum(basis.size - 1, 0)

@@ -38,6 +38,7 @@ SOLVERS: dict[str, gnl.solvers.Solver] = {
     "CG": gnl.solvers.CG(),
     "CG, warm start": gnl.solvers.CG(warm_start=0.95),
     "CG, Jacobi": gnl.solvers.CG(preconditioner=gnl.preconditioners.Jacobi()),
+    "Lanczos": gnl.solvers.Lanczos(20),
 }
 
 POLICIES: dict[str, Callable[["Run"], gnl.damping.Policy]] = {

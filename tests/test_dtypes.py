@@ -30,6 +30,9 @@ NEWTON = {
     "cg": {},
     "jacobi": {"solver": CG(preconditioner=JACOBI())},
     "warm": {"solver": CG(warm_start=0.95)},
+    "lanczos": {"solver": gnl.solvers.Lanczos(12, in_outputs=False)},
+    "lanczos, outputs": {"solver": gnl.solvers.Lanczos(12, in_outputs=True)},
+    "first order": {"solver": gnl.solvers.FirstOrder(optax.sgd(0.05), 3), "damping": 0.0},
 }
 PERIODS = {"period 1": 1, "period 3": 3}
 TRANSFORMS = [*NEWTON, *PERIODS]

@@ -132,9 +132,9 @@ def krylov_basis(
         beta, image = space.dual(moved)
         finite = jnp.isfinite(alpha) & jnp.isfinite(beta) & _tree.all_finite(moved)
         # What lies outside of the range of the Gram matrix does not count in the norm, but rounds into it.
-        ratio = _tree.norm(image) / jnp.where(beta > 0, beta, jnp.ones_like(beta))
+        ratio = _tree.norm(image).astype(dtype) / jnp.where(beta > 0, beta, jnp.ones_like(beta))
         reach = jnp.maximum(reach, jnp.where(beta > 0, ratio, jnp.zeros_like(ratio)))
-        exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.maximum(scale, reach * _tree.norm(moved))
+        exhausted = beta <= 10 * jnp.finfo(dtype).eps * jnp.maximum(scale, reach * _tree.norm(moved).astype(dtype))
         unit = jnp.where(finite & ~exhausted, beta, jnp.ones_like(beta)).astype(dtype)
         grown = KrylovBasis(
             (),
@@ -152,7 +152,7 @@ def krylov_basis(
             done = done | jax.lax.cond(asked, converged, lambda _: jnp.zeros([], bool), grown)
         return grown, images, _tree.divide(moved, unit), _tree.divide(image, unit), reach, ~done
 
-    carry = (basis, images, first, first_image, _tree.norm(first_image), live)
+    carry = (basis, images, first, first_image, _tree.norm(first_image).astype(dtype), live)
     return jax.lax.while_loop(lambda c: c[-1] & (c[0].size < rank), step, carry)[0]
 
 
@@ -322,9 +322,17 @@ class Lanczos(Solver):
         for basis in bases:
             finite = finite & basis.finite
         status = jnp.where(residual <= prepared.target, Status.CONVERGED, Status.MAX_STEPS)
-        status = jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
+        usable = jnp.isfinite(damping)
+        status = jnp.where(finite & usable, status, Status.NON_FINITE)
+        for spectrum in prepared.spectra:
+            seen = jnp.where(spectrum.vectors[0] == 0, jnp.inf, spectrum.values)
+            indefinite = (damping < 0) & (jnp.min(seen) + damping <= 0)
+            status, usable = jnp.where(indefinite, Status.NON_POSITIVE_CURVATURE, status), usable & ~indefinite
         steps = sum((basis.size for basis in bases), jnp.zeros([], jnp.int32))
-        state = LanczosState(damping.astype(prepared.state.damping.dtype))
+        # With a damping that no filter has there is no step, and the state keeps the last one that was good.
+        steps, status = jnp.where(usable, steps, jnp.zeros_like(steps)), status.astype(jnp.int32)
+        last = prepared.state.damping
+        state = LanczosState(jnp.where(usable, damping.astype(last.dtype), last))
         return Result(_tree.scale(-prepared.size, step), state, steps, status)
 
     def _functions(self, damping: Scalar, l2: Any) -> tuple[Callable[[jax.Array], jax.Array], ...]:

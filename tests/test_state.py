@@ -41,8 +41,6 @@ def linearising(**options):
     return gnl.iterative_linearisation(predict, SQUARED, **options)
 
 
-ADAM = optax.adam(0.05)
-
 # Each builds a fresh optimiser; the run is stored in the middle of a block of the last two, of two steps.
 OPTIMISERS = {
     "default": newton,
@@ -53,7 +51,6 @@ OPTIMISERS = {
     ),
     "MultiSteps": lambda: optax.MultiSteps(newton(), 2).gradient_transformation(),
     "Lanczos": lambda: newton(solver=gnl.solvers.Lanczos(8), l2=0.01),
-    "FirstOrder": lambda: newton(solver=gnl.solvers.FirstOrder(ADAM, 2, warm_start=0.5), damping=0.0),
     "linearisation, adam": lambda: optax.chain(linearising(period=2), optax.adam(0.05)),
 }
 CASES = [(name, "float64") for name in OPTIMISERS]

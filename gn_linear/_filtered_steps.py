@@ -8,12 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gn_linear import _tree
-from gn_linear._linearise import linearise
-from gn_linear._typing import Count, Inputs, Number, Outputs, Params, Predict, Targets, check_count, check_number, shown
-from gn_linear.curvature import LinearisedProblem, linearised_problem
-from gn_linear.filters import Filter
-from gn_linear.losses import Loss, from_convex, squared_error
-from gn_linear.solvers.lanczos import (
+from gn_linear._krylov import (
     Filtered,
     KrylovBasis,
     Spectrum,
@@ -22,9 +17,14 @@ from gn_linear.solvers.lanczos import (
     krylov_basis,
     parameter_space,
     pulled_back,
+    ritz_spectrum,
     sample_space,
-    tridiagonal_spectrum,
 )
+from gn_linear._linearise import linearise
+from gn_linear._typing import Count, Inputs, Number, Outputs, Params, Predict, Targets, check_count, check_number, shown
+from gn_linear.curvature import LinearisedProblem, linearised_problem
+from gn_linear.filters import Filter
+from gn_linear.losses import Loss, from_convex, squared_error
 
 
 class FilteredStepsInfo(NamedTuple):
@@ -215,12 +215,12 @@ def _solve(problem: LinearisedProblem, filters: Sequence[Filter], rank: int, rto
         return jnp.where(nothing, jnp.zeros_like(sizes), bound)
 
     def converged(basis: KrylovBasis) -> jax.Array:
-        return jnp.all(bounds(basis, apply(basis, tridiagonal_spectrum(basis))) <= jnp.asarray(rtol, basis.norm.dtype))
+        return jnp.all(bounds(basis, apply(basis, ritz_spectrum(basis))) <= jnp.asarray(rtol, basis.norm.dtype))
 
     # A cost-only distinction: nothing passes a tolerance of 0 before the space is exhausted.
     asked = None if isinstance(rtol, (int, float)) and rtol == 0 else converged
     basis = krylov_basis(space, start, rank, asked)
-    spectrum = tridiagonal_spectrum(basis)
+    spectrum = ritz_spectrum(basis)
     filtered = apply(basis, spectrum)
     norm = jnp.where(basis.norm > 0, basis.norm, jnp.ones_like(basis.norm))
     info = FilteredStepsInfo(

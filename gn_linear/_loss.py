@@ -164,11 +164,14 @@ class OutputHessian:
         product: ``v -> H v``.
         root: ``v -> B v``, ``v`` shaped like the outputs.
         root_transpose: ``v -> B^T v``.
+        closed_form: whether the square root is; if not, each product with it costs an eigendecomposition of each
+            example's block, and where blocks cannot be told it is an error.
     """
 
     product: Callable[[Outputs], Outputs]
     root: Callable[[Outputs], Outputs]
     root_transpose: Callable[[Outputs], Outputs]
+    closed_form: bool = True
 
 
 @jax.custom_jvp

@@ -354,7 +354,7 @@ class FromConvex(Loss):
         def root_transpose(vector: Outputs) -> Outputs:
             return blockwise(jnp.swapaxes(block_roots(product, outputs), 1, 2), vector)
 
-        return OutputHessian(product, root, root_transpose)
+        return OutputHessian(product, root, root_transpose, closed_form=False)
 
 
 squared_error = SquaredError()

@@ -1,21 +1,15 @@
 """Lanczos against dense matrix functions, in both spaces, and inside the transform."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
-from gn_linear import _tree
 from gn_linear.curvature import linearised_problem
-from gn_linear.solvers import lanczos
-from tests.support import PROBLEMS, assert_close, dense, flat, l2_diagonal, tolerance, unflatten_like
+from tests.support import PROBLEMS, assert_close, dense, flat, l2_diagonal, unflatten_like
 
 RANK = 32
 FILTERS = {
@@ -82,73 +76,6 @@ def test_penalty_shifts_the_spectrum(l2):
         step, _, _ = solving(name, solver, l2)(unflatten_like(vector, params), jnp.asarray(mu))
         scale = float(np.max(np.abs(vector))) / mu
         assert_close(step, exact(chosen, matrix, vector), size=RANK * oracle.params.size, scale=scale)
-
-
-def operator(matrix):
-    return lanczos.Space(lambda v: (_tree.norm(v), v), lambda v: matrix @ v, plain=True)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31), rank=st.integers(1, 12), spread=st.floats(0.0, 12.0))
-def test_basis_is_orthonormal_and_tridiagonalises(seed, rank, spread):
-    rng = np.random.default_rng(seed)
-    orthogonal, _ = np.linalg.qr(rng.normal(size=(12, 12)))
-    matrix = jnp.asarray(orthogonal * 10.0 ** -np.linspace(0.0, spread, 12) @ orthogonal.T)
-    basis = _basis(matrix, jnp.asarray(rng.normal(size=12)), rank)
-    k = int(basis.size)
-    q = np.asarray(basis.vectors)[:k]
-    assert_close(q @ q.T, np.eye(k), size=12 * k)
-    off = np.asarray(basis.off_diagonal)[: k - 1]
-    tridiagonal = np.diag(np.asarray(basis.diagonal)[:k]) + np.diag(off, 1) + np.diag(off, -1)
-    assert_close(q @ np.asarray(matrix) @ q.T, tridiagonal, size=12 * k)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _basis(matrix, start, rank):
-    return lanczos.krylov_basis(operator(matrix), start, rank)
-
-
-@pytest.mark.parametrize("distinct", [1, 2, 5])
-def test_exhausted_space_ends_the_basis(distinct):
-    """A matrix with few distinct eigenvalues has a small Krylov space, in which every filter is exact."""
-    rng = np.random.default_rng(distinct)
-    orthogonal, _ = np.linalg.qr(rng.normal(size=(12, 12)))
-    values = np.repeat(np.arange(1.0, distinct + 1), 12)[::distinct][:12]
-    matrix, start = orthogonal * values @ orthogonal.T, rng.normal(size=12)
-    basis = _basis(jnp.asarray(matrix), jnp.asarray(start), 12)
-    assert basis.size >= len(set(values))
-    if distinct < 3:  # later the last coupling may be just above rounding, which costs products and no digits
-        assert basis.size == distinct
-    for chosen in FILTERS.values():
-        filtered = lanczos.apply_filter(basis, lanczos.tridiagonal_spectrum(basis), chosen)
-        assert_close(
-            -lanczos.combination(basis, filtered.coefficients, start), exact(chosen, matrix, start), condition=distinct
-        )
-        assert filtered.residual <= tolerance(np.float64, 12) * np.linalg.norm(start)
-
-
-def test_zero_and_broken_starts():
-    matrix = jnp.eye(4)
-    empty = _basis(matrix, jnp.zeros(4), 4)
-    assert (int(empty.size), bool(empty.finite)) == (0, True)
-    broken = _basis(matrix, jnp.array([1.0, jnp.nan, 0.0, 0.0]), 4)
-    assert (int(broken.size), bool(broken.finite)) == (0, False)
-    late = _basis(jnp.diag(jnp.array([1.0, 2.0, jnp.inf, 4.0])), jnp.array([1.0, 1.0, 0.0, 0.0]), 4)
-    assert not late.finite
-    assert np.all(np.isfinite(flat((late.vectors, late.diagonal, late.off_diagonal))))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_residual_is_that_of_the_damped_system(dtype):
-    rng = np.random.default_rng(0)
-    orthogonal, _ = np.linalg.qr(rng.normal(size=(30, 30)))
-    matrix = jnp.asarray(orthogonal * np.geomspace(1e-3, 1.0, 30) @ orthogonal.T, dtype)
-    start = jnp.asarray(rng.normal(size=30), dtype)
-    basis = _basis(matrix, start, 8)
-    filtered = lanczos.apply_filter(basis, lanczos.tridiagonal_spectrum(basis), gnl.filters.Tikhonov(0.01))
-    x = np.asarray(lanczos.combination(basis, filtered.coefficients, start), np.float64)
-    left = np.linalg.norm(np.asarray(start) - np.asarray(matrix, np.float64) @ x - 0.01 * x)
-    assert_close(filtered.residual, left, size=30, scale=float(np.linalg.norm(start)), dtype=dtype)
 
 
 def test_saturated_softmax_in_float32():
@@ -226,7 +153,7 @@ def test_refused_step_is_solved_again_with_more_damping():
     tiny = gnl.damping.LevenbergMarquardt(initial=1e-6)
     solver = gnl.solvers.Lanczos(20, rtol=0.0)
     _, (values, info) = run(gnl.gauss_newton(wave, gnl.losses.squared_error, solver=solver, damping=tiny), 6)
-    assert np.all(info.solver_steps <= 12)
+    assert np.all(info.solver_steps <= 12 + 1)  # outputs, and a vector of rounding errors
     used = np.asarray(info.damping)
     assert used[0] > 2e-6  # the first damping was too small, and was raised within the step
     assert np.all(info.accepted)

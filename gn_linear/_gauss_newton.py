@@ -28,7 +28,15 @@ from gn_linear._refusal import ADVICE, Refusal, first_reason
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number, shown
 from gn_linear._xla_cpu import fence
-from gn_linear.curvature import LinearisedProblem, check_l2, fit_l2, linearised_problem, penalty
+from gn_linear.curvature import (
+    LinearisedProblem,
+    check_l2,
+    curvature_scale,
+    damping_unit,
+    fit_l2,
+    linearised_problem,
+    penalty,
+)
 from gn_linear.losses import Loss, from_convex
 from gn_linear.solvers import CG, Solver, Status
 
@@ -245,7 +253,9 @@ class _GaussNewton:
                 model, self.loss, params, curvature_inputs, targets=curvature_targets, l2=coefficient
             )
         rhs = _tree.cast_like(_tree.to_solve(updates), _tree.to_solve(params))
-        scale = _curvature_scale(curved, rhs, state.scale)
+        scale = jax.lax.cond(
+            state.scale > 0, lambda: state.scale, lambda: curvature_scale(curved, rhs).astype(state.scale.dtype)
+        )
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         hopeless = first_reason(
             [
@@ -266,7 +276,7 @@ class _GaussNewton:
             solver=self.solver,
             prepared=self.solver.prepare(curved, rhs, state.solver),
             policy=self.policy,
-            unit=_damping_unit(curved, rhs, scale),
+            unit=damping_unit(curved, rhs, scale),
             count=state.count,
             rate=jnp.asarray(rate, scale.dtype),
             hopeless=hopeless,
@@ -297,40 +307,6 @@ def _check_curvature_batch(targets: Any, curvature_inputs: Any, curvature_target
         raise ValueError("curvature_targets are given, but curvature_inputs is missing; pass both or neither.")
     if curvature_inputs is not None and curvature_targets is None and targets is not None:
         raise ValueError("curvature_inputs are given, but curvature_targets is missing; pass both or neither.")
-
-
-def _curvature_scale(problem: LinearisedProblem, rhs: Params, known: Scalar) -> Scalar:
-    """The Rayleigh quotient of the curvature along the first gradient that gives a positive one.
-
-    Where a loss is saturated the quotient says nothing, and its cap on the damping would hold the run there for ever.
-    What the objective itself suggests bounds it from below; for the squared error it never exceeds the quotient.
-
-    Args:
-        problem: the linearised problem that is solved.
-        rhs: the incoming gradient.
-        known: the scale so far; 0 means unknown.
-
-    Returns:
-        The scale.
-    """
-
-    def estimate() -> Scalar:
-        size = _tree.norm(rhs)
-        unit = _tree.divide(rhs, jnp.where(size > 0, size, jnp.ones_like(size)))
-        quotient = problem.quadratic(unit).astype(known.dtype)
-        sound = jnp.isfinite(quotient) & (quotient > 0)
-        suggested = (0.5 * size * (size / problem.objective.astype(size.dtype))).astype(known.dtype)
-        bounded = jnp.where(jnp.isfinite(suggested), jnp.maximum(quotient, suggested), quotient)
-        return jnp.where(sound, bounded, jnp.zeros_like(quotient))
-
-    return jax.lax.cond(known > 0, lambda: known, estimate)
-
-
-def _damping_unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scalar:
-    """The curvature scale, or while there is none (Huber with outliers alone) what the loss itself suggests."""
-    size = _tree.norm(rhs)
-    guess = size * (size / problem.objective.astype(size.dtype))
-    return jnp.where((scale > 0) | ~jnp.isfinite(guess), scale, jnp.maximum(guess, jnp.zeros_like(guess)))
 
 
 def _report(problem: LinearisedProblem, last: Attempt, before: GaussNewtonInfo) -> GaussNewtonInfo:

@@ -10,8 +10,8 @@ Lanczos on :math:`G` would lose twice as many digits of the small ones. Vectors 
 - *sample space*: vectors :math:`w_k` like the outputs with :math:`V = J^T W`, from a start :math:`J^T u`, and their
   images :math:`\Theta W = J V`, :math:`\Theta = J J^T`, so that they are orthonormal in the inner product
   :math:`\langle w, w' \rangle = w^T \Theta w'`. Nothing divides by :math:`B`, so saturated or outlying examples do no
-  harm. There :math:`\varphi(G) J^T u = J^T \varphi(H \Theta) u`. They are as long as one over a singular value of J, and
-  orthonormal to as many roundings.
+  harm. There :math:`\varphi(G) J^T u = J^T \varphi(H \Theta) u`. They grow as long as one over a singular value of
+  :math:`J`, and are orthonormal to as many roundings.
 
 Vectors are re-orthogonalised in full, twice at each step. The other side, P, is not: only its last column is needed.
 """

@@ -179,11 +179,11 @@ class Search:
         attempts = jax.vmap(self._attempt)(path.dampings(damping, self.unit))
         accepted = attempts.trial.refusal == Refusal.NONE
         gains = jnp.where(accepted, attempts.trial.actual, -jnp.inf)
-        # Where none is accepted, the one with the most damping says why.
-        best = jnp.where(jnp.any(accepted), jnp.argmax(gains), jnp.argmax(attempts.damping))
+        # Where none is accepted, the one with the most damping says why, and is halved.
+        best = jnp.where(jnp.any(accepted), jnp.argmax(gains), path.most)
         chosen = jax.tree.map(lambda x: x[best], attempts)
         learnt = path.moved(damping, best, chosen.trial.accepted)
-        return chosen, _tree.where(chosen.trial.informative, learnt, path.relax(damping))
+        return self._shortened(chosen), _tree.where(chosen.trial.informative, learnt, path.relax(damping))
 
 
 def judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objective: Scalar, adaptive: bool) -> Trial:

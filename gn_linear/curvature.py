@@ -175,6 +175,44 @@ def linearised_problem(
     )
 
 
+def curvature_scale(problem: LinearisedProblem, rhs: Params) -> Scalar:
+    """The Rayleigh quotient of the curvature along a gradient, bounded below by what the objective suggests.
+
+    Where a loss is saturated the quotient says nothing, and its cap on the damping would hold the run there for ever.
+    The bound never exceeds the quotient of the squared error.
+
+    Args:
+        problem: the linearised problem.
+        rhs: the gradient, in the dtypes of the solve.
+
+    Returns:
+        The scale; 0 where there is no curvature along the gradient.
+    """
+    size = _tree.norm(rhs)
+    unit = _tree.divide(rhs, jnp.where(size > 0, size, jnp.ones_like(size)))
+    quotient = problem.quadratic(unit).astype(size.dtype)
+    sound = jnp.isfinite(quotient) & (quotient > 0)
+    suggested = 0.5 * size * (size / problem.objective.astype(size.dtype))
+    bounded = jnp.where(jnp.isfinite(suggested), jnp.maximum(quotient, suggested), quotient)
+    return jnp.where(sound, bounded, jnp.zeros_like(quotient))
+
+
+def damping_unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scalar:
+    """The curvature scale, or while there is none (Huber with outliers alone) what the objective itself suggests.
+
+    Args:
+        problem: the linearised problem.
+        rhs: the gradient, in the dtypes of the solve.
+        scale: the curvature scale, 0 if there is none.
+
+    Returns:
+        What a multiple of damping is a multiple of.
+    """
+    size = _tree.norm(rhs)
+    guess = size * (size / problem.objective.astype(size.dtype))
+    return jnp.where((scale > 0) | ~jnp.isfinite(guess), scale, jnp.maximum(guess, jnp.zeros_like(guess)))
+
+
 def _raveled(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
     """``ravel_pytree``, which promotes leaves of different dtypes to the widest, under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):

@@ -245,7 +245,8 @@ class Path(_Bounded):
 
     The steps come from one preparation of the solver, and the objectives from one batched evaluation of the model. It
     is meant for ``solvers.Lanczos``, where a further damping costs no product; conjugate gradients solve anew for each.
-    If no step lowers the objective, the one with the most damping is refused and the path moves there.
+    If no step lowers the objective, the one with the most damping is halved, refused if that does not help either, and
+    the path moves there.
 
     Attributes:
         factors: multiples of the path's centre that are tried, positive.
@@ -290,6 +291,11 @@ class Path(_Bounded):
             The dampings, absolute, shape (factors,).
         """
         return self._multiples(state) * scale
+
+    @property
+    def most(self) -> jax.Array:
+        """The number of the largest factor."""
+        return jnp.argmax(jnp.stack([jnp.asarray(factor, jnp.float32) for factor in self.factors]))
 
     def moved(self, state: DampingState, chosen: Count, accepted: Flag) -> DampingState:
         """The state after a step, at the damping that was chosen.

@@ -39,12 +39,14 @@ SOLVERS: dict[str, gnl.solvers.Solver] = {
     "CG, warm start": gnl.solvers.CG(warm_start=0.95),
     "CG, Jacobi": gnl.solvers.CG(preconditioner=gnl.preconditioners.Jacobi()),
     "Lanczos": gnl.solvers.Lanczos(20),
+    "FirstOrder": gnl.solvers.FirstOrder(optax.sgd(0.5), 10),
 }
 
 POLICIES: dict[str, Callable[["Run"], gnl.damping.Policy]] = {
     "Constant": lambda run: gnl.damping.Constant(0.05),
     "Schedule": lambda run: gnl.damping.Schedule(lambda count: jnp.asarray(run.multiple)[count]),
     "LevenbergMarquardt": lambda run: gnl.damping.LevenbergMarquardt(*run.bounds),
+    "Path": lambda run: gnl.damping.Path((0.1, 1.0, 10.0), *run.bounds),
 }
 
 
@@ -265,6 +267,7 @@ class Fault(NamedTuple):
         policies: which policies it concerns, all if None.
         dtype: of the run.
         alone: whether it has a test of its own, since it does not fit into a run.
+        diverging: whether gradient steps of a fixed rate, the solver FirstOrder, diverge here: their block is refused.
     """
 
     name: str
@@ -278,6 +281,7 @@ class Fault(NamedTuple):
     policies: tuple[str, ...] | None = None
     dtype: Any = np.float64
     alone: bool = False
+    diverging: bool = False
 
 
 def _write(array, steps, value):
@@ -453,7 +457,7 @@ def _scheduled(name, value, outcome, code, sentence):
 
 def _adaptive(name, inject, outcome, code, sentence, **rest):
     """A row for an adaptive policy alone."""
-    return Fault(name, inject, outcome, None, code, sentence, policies=("LevenbergMarquardt",), **rest)
+    return Fault(name, inject, outcome, None, code, sentence, policies=("LevenbergMarquardt", "Path"), **rest)
 
 
 _LOSS = "The loss on the batch is not finite."
@@ -497,9 +501,11 @@ FAULTS: tuple[Fault, ...] = (
     _continued(
         "outputs in the wrong units, 1e10 times too large",
         _outputs_times(1e10),
-        "The loss is finite, so the step is taken. An adaptive policy finds back once the units are right.",
+        "The loss is finite, so the step is taken. An adaptive policy finds back once the units are right. Gradient "
+        "steps of a fixed rate (`FirstOrder`) diverge, so their block is refused.",
         code=_CODE.ROUNDING,
         steps=(FIRST, INNER),
+        diverging=True,
     ),
     # the gradient and the derivative
     _refused("NaN in the incoming gradient", _in_gradient(NAN), _CODE.GRADIENT, _FRONT),
@@ -601,8 +607,9 @@ FAULTS: tuple[Fault, ...] = (
         "a saturated softmax with confident mistakes, from here on",
         _confident_mistakes_from_here,
         "The curvature has all but vanished where the gradient is largest. An adaptive policy halves the step or "
-        "refuses it until it fits, and the loss falls.",
+        "refuses it until it fits, and the loss falls; not with gradient steps of a rate that does not fit.",
         code=_CODE.INCREASE,
+        diverging=True,
     ),
     # settings
     _refused("a learning rate of NaN", _in_field("rate", NAN), _CODE.STEP, "The solve is sound, the step is not."),

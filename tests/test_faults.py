@@ -32,10 +32,14 @@ from tests.support import assert_bit_equal, flat, tolerance
 
 ROWS = {fault.name: fault for fault in FAULTS}
 SQUARED = gnl.losses.squared_error
-PAIRS = [(solver, policy) for solver in SOLVERS for policy in POLICIES]
 # What they do next depends on this batch alone, so that a refused step leaves no trace in them.
-FORGETFUL_SOLVERS = {"CG", "CG, Jacobi"}
+FORGETFUL_SOLVERS = {"CG", "CG, Jacobi", "FirstOrder"}
 FORGETFUL_POLICIES = {"Constant", "Schedule"}
+
+
+# Every solver with a constant and with an adaptive damping; a schedule and a path with those that differ by it.
+PAIRS = [(solver, policy) for solver in SOLVERS for policy in ("Constant", "LevenbergMarquardt")]
+PAIRS += [(solver, policy) for solver in ("CG", "Lanczos", "FirstOrder") for policy in ("Schedule", "Path")]
 
 
 def applies(fault, policy):
@@ -97,6 +101,9 @@ def test_fault_has_the_stated_outcome(name, solver, policy):
             continue
         result = played(run, solver, policy)
         check_state(run, result, policy)
+        if fault.diverging and solver == "FirstOrder":
+            check_divergence(result, policy)
+            continue
         if outcome == Outcome.REFUSED:
             check_refusals(fault, run, result, step, policy)
             check_recovery(fault, run, result, step, solver, policy)
@@ -113,7 +120,7 @@ def check_state(run, result, policy):
     """The state is finite but for its report, parameters are finite, and the damping keeps to its bounds."""
     assert finite(result.state._replace(info=()))
     assert finite((result.before, result.after))
-    if policy == "LevenbergMarquardt":
+    if is_adaptive(policy):
         assert run.bounds[1] <= result.lowest
         assert result.highest <= run.bounds[2]
     assert finite((result.lowest, result.highest))
@@ -170,6 +177,18 @@ def check_continued(fault, result, step, policy):
     assert {gnl.Refusal(code) for code in np.flatnonzero(result.refusals)} <= allowed
     if not is_adaptive(policy) or not fault.code:
         assert result.state.info.accepted[step]
+
+
+def check_divergence(result, policy):
+    """Steps that make it worse are refused, by an adaptive policy all of them, and leave the parameters alone."""
+    codes = {gnl.Refusal(code) for code in np.flatnonzero(result.refusals)}
+    assert codes <= {gnl.Refusal.NONE, gnl.Refusal.TRIAL, gnl.Refusal.INCREASE}
+    for row in range(STEPS):
+        info = at(result.state.info, row)
+        if not info.accepted:
+            assert_bit_equal(at(result.after, row), at(result.before, row))
+        elif is_adaptive(policy):
+            assert info.actual_reduction >= 0
 
 
 # ---- what single rows promise beyond that

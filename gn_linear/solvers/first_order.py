@@ -18,7 +18,7 @@ from gn_linear import _tree
 from gn_linear._linearise import linearise
 from gn_linear._typing import Count, Flag, Number, Params, Scalar, check_count, check_number, shown
 from gn_linear._xla_cpu import fence
-from gn_linear.curvature import LinearisedProblem, l2_times, penalty
+from gn_linear.curvature import LinearisedProblem, curvature_scale, damping_unit, l2_times, penalty
 from gn_linear.solvers._interface import Result, Solver, Status
 
 FACTORS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -63,7 +63,7 @@ class FirstOrder(Solver):
     With :math:`u = \nabla \ell(f)` at the anchor :math:`\theta` and any incoming gradient :math:`b`, inner step k takes
 
     .. math::
-        g_k = b + J^T \bigl(\nabla \ell(f + J d_k) - u\bigr) + (\lambda + \mu + \rho) \, d_k, \qquad
+        g_k = s \bigl( b + J^T (\nabla \ell(f + J d_k) - u) + (\lambda + \mu + \rho) \, d_k \bigr), \qquad
         d_{k+1} = d_k + \mathrm{optimiser}(g_k; \theta + d_k), \qquad d_0 = 0.
 
     The optimiser's state is kept from block to block, so that
@@ -72,10 +72,11 @@ class FirstOrder(Solver):
     the first against K of the second. Beside that run it offers damping, which under an adaptive policy follows the
     gain ratio, and refusal of bad blocks.
 
-    The damping enters the gradient, so it must be one that the optimiser bears: gradient steps of rate :math:`\eta`
-    diverge beyond :math:`\eta (\lambda_{\max} + \mu) = 2`, where more damping makes matters worse. Cap an adaptive
-    policy, whose damping counts in multiples of the curvature: ``damping.LevenbergMarquardt(maximum=1.0)`` goes with
-    :math:`\eta \lambda_{\max} \le 1`.
+    The factor :math:`s = \sigma / (\sigma + \mu + \rho)`, with :math:`\sigma` the curvature scale along :math:`b`,
+    leaves the solution where it is and shortens the steps as the damping grows. For the squared error
+    :math:`\sigma \le \lambda_{\max}`, so that gradient steps which converge without damping converge with any; where a
+    loss is saturated the scale is what the objective suggests instead. Without damping the factor is 1; otherwise it
+    costs one Jacobian-vector product a block. Optimisers that normalise gradients, such as Adam, see little of it.
 
     K is the plan, not a cap: there is no tolerance, and a whole block reports ``Status.COMPLETED``. A block with an
     update that is not finite ends at the step before it, with the optimiser's state at that step, and reports
@@ -101,8 +102,8 @@ class FirstOrder(Solver):
             then have a leading axis of length K on every leaf, the incoming gradient must be that of the mean of the K
             losses, the loss a mean over examples, and objective, gain ratio and trial are those of all K batches at
             once, in memory too. Step k takes
-            :math:`J_k^T \nabla \ell_k(f_k + J_k d_k) + \lambda (\theta + d_k) + (b - \nabla F) + (\mu + \rho) d_k`
-            at one more forward pass.
+            :math:`J_k^T \nabla \ell_k(f_k + J_k d_k) + \lambda (\theta + d_k) + (b - \nabla F) + (\mu + \rho) d_k`,
+            times s, at one more forward pass.
         warm_start: the factor by which the previous solution is multiplied to start from; None starts from zero. With
             one inner step of gradient descent it is a momentum.
         proximal: the coefficient :math:`\rho` of a term :math:`\frac12 \rho \|d\|^2` beside that of the damping, in the
@@ -184,9 +185,11 @@ class FirstOrder(Solver):
         optimiser = optax.with_extra_args_support(self.optimiser)
         anchor = _tree.to_solve(problem.params)
         shift = damping + jnp.asarray(self.proximal, damping.dtype)
+        share = shortening(problem, prepared.rhs, shift)
+        positive = ~(share <= 0)
 
         def step(index: Count, carry: _Carry) -> _Carry:
-            gradient = _tree.axpy(shift, carry.step, prepared.gradient(index, carry.step))
+            gradient = _tree.scale(share, _tree.axpy(shift, carry.step, prepared.gradient(index, carry.step)))
             updates, inner = optimiser.update(gradient, carry.optimiser, _tree.add(anchor, carry.step))
             moved = _tree.add(carry.step, _tree.cast_like(updates, carry.step))
             sound = carry.sound & _tree.all_finite(moved)
@@ -195,10 +198,11 @@ class FirstOrder(Solver):
         start = _tree.solve_zeros(problem.params)
         if self.warm_start is not None:
             start = _tree.scale(jnp.asarray(self.warm_start, damping.dtype), state.previous)
-        carry = _Carry(start, state.optimiser, jnp.zeros([], jnp.int32), jnp.ones([], bool))
+        carry = _Carry(start, state.optimiser, jnp.zeros([], jnp.int32), positive)
         end = jax.lax.fori_loop(0, self.steps, step, carry)
         solution = best_multiple(problem, prepared.rhs, end.step) if self.line_search else end.step
-        status = jnp.where(end.sound, Status.COMPLETED, Status.NON_FINITE).astype(jnp.int32)
+        status = jnp.where(end.sound, Status.COMPLETED, Status.NON_FINITE)
+        status = jnp.where(positive, status, Status.NON_POSITIVE_CURVATURE).astype(jnp.int32)
         previous = None if self.warm_start is None else solution
         return Result(solution, FirstOrderState(end.optimiser, previous), end.count, status)
 
@@ -233,6 +237,27 @@ class FirstOrder(Solver):
             slope = problem.loss.gradient(_tree.add(linear.outputs, tangent), targets)
         penalised = l2_times(problem.l2, _tree.add(_tree.to_solve(problem.params), step))
         return _tree.add(_pulled_back(linear.vjp, slope), penalised)
+
+
+def shortening(problem: LinearisedProblem, rhs: Params, shift: Scalar) -> Scalar:
+    """The factor by which damping shortens the gradients of the inner problem.
+
+    Args:
+        problem: the linearised problem.
+        rhs: the gradient that is solved for, in the dtypes of the solve.
+        shift: the damping in all.
+
+    Returns:
+        1 without damping, less with it; 0 if the damping is so negative that no step goes down.
+    """
+
+    def share() -> Scalar:
+        unit = damping_unit(problem, rhs, curvature_scale(problem, rhs)).astype(shift.dtype)
+        inside = unit + shift
+        known = jnp.where(inside > 0, unit / inside, jnp.zeros_like(inside))
+        return jnp.where(jnp.isfinite(inside), jnp.where(unit > 0, known, jnp.ones_like(unit)), inside)
+
+    return jax.lax.cond(shift == 0, lambda: jnp.ones_like(shift), share)
 
 
 def best_multiple(problem: LinearisedProblem, rhs: Params, step: Params) -> Params:

@@ -202,10 +202,18 @@ def of_outputs(name):
     return of
 
 
+def shortening(ggn, rhs, objective, shift):
+    """The factor of damped gradients, with the curvature along the right-hand side."""
+    curvature = max(rhs @ ggn @ rhs / (rhs @ rhs), 0.5 * (rhs @ rhs) / objective)
+    return curvature / (curvature + shift)
+
+
 def literal(name, rhs, steps, *, momentum=0.0, l2=0.0, shift=0.0, quadratic=False, start=None):
     """Gradient steps with momentum on the inner problem, from dense matrices, in NumPy."""
     oracle, problem = dense(name), PROBLEMS[name]
     diagonal = l2_diagonal(l2, problem.params)
+    objective = oracle.value + 0.5 * np.sum(diagonal * oracle.params**2)
+    share = shortening(oracle.ggn + np.diag(diagonal), rhs, objective, shift)
     d, velocity = np.zeros_like(rhs) if start is None else start, np.zeros_like(rhs)
     for _ in range(steps):
         if quadratic:
@@ -214,7 +222,7 @@ def literal(name, rhs, steps, *, momentum=0.0, l2=0.0, shift=0.0, quadratic=Fals
             moved = oracle.outputs + oracle.jacobian @ d
             slope = of_outputs(name)(moved, problem.targets)[1]
             change = oracle.jacobian.T @ (slope - oracle.output_gradient)
-        velocity = momentum * velocity + rhs + change + diagonal * d + shift * d
+        velocity = momentum * velocity + share * (rhs + change + diagonal * d + shift * d)
         d = d - RATE * velocity
     return d
 
@@ -264,8 +272,39 @@ def test_gradient_steps_are_the_closed_form_filter(name, steps):
 def test_first_gradient_is_the_right_hand_side_to_the_bit(quadratic):
     name = "softmax_labels"
     rhs = unflatten_like(np.random.default_rng(4).normal(size=dense(name).params.size), PROBLEMS[name].params)
-    result = solving(name, 0.3)(FirstOrder(optax.sgd(1.0), 1, quadratic=quadratic), rhs, jnp.float64(2.0))
+    result = solving(name, 0.3)(FirstOrder(optax.sgd(1.0), 1, quadratic=quadratic), rhs, NONE)
     assert_bit_equal(result.step, jax.tree.map(jnp.negative, rhs))
+
+
+@pytest.mark.parametrize("steps", [1, 50])
+def test_gradient_steps_bear_every_damping(steps):
+    """They follow the closed form, so they never diverge, and shrink like one over a large damping."""
+    name = "squared_error"
+    oracle = dense(name)
+    values, vectors = np.linalg.eigh(oracle.ggn)
+    rate, values = 1.0 / values[-1], np.maximum(values, 0.0)
+    rhs, solve = unflatten_like(oracle.gradient, PROBLEMS[name].params), solving(name)
+    for mu in values[-1] * 10.0 ** np.arange(-8.0, 13.0, 4.0):
+        share = shortening(oracle.ggn, oracle.gradient, oracle.value, mu)
+        phi = -np.expm1(steps * np.log1p(-rate * share * (values + mu) * (1 - np.finfo(float).eps))) / (values + mu)
+        result = solve(FirstOrder(optax.sgd(rate), steps), rhs, jnp.asarray(mu))
+        assert result.status == Status.COMPLETED
+        want = -vectors @ (phi * (vectors.T @ oracle.gradient))
+        assert_close(result.step, want, size=steps * oracle.params.size)
+        assert np.linalg.norm(want) <= np.linalg.norm(oracle.gradient) / mu
+
+
+def test_damping_that_is_too_negative_takes_no_step():
+    name = "squared_error"
+    oracle = dense(name)
+    rhs, top = unflatten_like(oracle.gradient, PROBLEMS[name].params), np.linalg.norm(oracle.ggn, 2)
+    solver = FirstOrder(optax.sgd(1 / top), 3)
+    result = solving(name)(solver, rhs, jnp.float64(-top))
+    assert (int(result.status), int(result.solver_steps)) == (Status.NON_POSITIVE_CURVATURE, 0)
+    assert np.all(flat(result.step) == 0)
+    for damping in (np.nan, np.inf):
+        result = solving(name)(solver, rhs, jnp.float64(damping))
+        assert (int(result.status), int(result.solver_steps)) == (Status.NON_FINITE, 0)
 
 
 def test_clipping_in_front_composes():
@@ -364,15 +403,17 @@ def test_fresh_batches_are_the_literal_loop(quadratic):
     local = [of_outputs(name)(f, y) for f, y in zip(outputs, ys, strict=True)]
     mean = np.mean([j.T @ slope for j, (_, slope, _) in zip(jacobians, local, strict=True)], axis=0)
     mean += l2 * oracle.params
+    value = np.mean([value for value, _, _ in local]) + l2 / 2 * np.sum(oracle.params**2)
+    ggn = np.mean([j.T @ h @ j for j, (_, _, h) in zip(jacobians, local, strict=True)], axis=0)
+    share = shortening(ggn + l2 * np.eye(rhs.size), rhs, value, mu)
     d = np.zeros_like(rhs)
     for f, jacobian, y, (_, slope, hessian) in zip(outputs, jacobians, ys, local, strict=True):
         if quadratic:
             pulled = jacobian.T @ (slope + hessian @ jacobian @ d)
         else:
             pulled = jacobian.T @ of_outputs(name)(f + jacobian @ d, y)[1]
-        d = d - RATE * (pulled + l2 * (oracle.params + d) + rhs - mean + mu * d)
+        d = d - RATE * share * (pulled + l2 * (oracle.params + d) + rhs - mean + mu * d)
     assert_close(updates, d, size=steps * oracle.jacobian.size)
-    value = np.mean([value for value, _, _ in local]) + l2 / 2 * np.sum(oracle.params**2)
     assert_close(state.info.loss, value, size=steps * oracle.outputs.size)
 
 
@@ -636,11 +677,10 @@ def test_halved_block_keeps_the_state_of_the_whole_one():
 
 @pytest.mark.parametrize(
     ("inner", "policy"),
-    [("adam", gnl.damping.Path()), ("sgd", gnl.damping.LevenbergMarquardt(maximum=1.0))],
+    [("adam", gnl.damping.Path()), ("sgd", gnl.damping.LevenbergMarquardt())],
     ids=["adam", "sgd"],
 )
 def test_adaptive_damping_never_raises_the_objective(inner, policy):
-    """Gradient steps bear a damping of the size of the curvature; Adam's length is its own."""
     name, params = "softmax_labels", PROBLEMS["softmax_labels"].params
     rate = 1.0 / np.linalg.norm(dense(name).ggn, 2)
     optimiser = newton(FirstOrder(optax.sgd(rate) if inner == "sgd" else OPTIMISERS[inner], 5), name, policy)

@@ -37,7 +37,8 @@ class FilteredStepsInfo(NamedTuple):
         error_bound: the residual times the filter's largest value, relative to the step, shape (filters,); an estimate
             of the relative error of the step, which for damping is a bound in exact arithmetic; it sees no rounding.
         stable: whether the solver that a filter stands for converges on this spectrum, shape (filters,).
-        finite: whether every product was finite, shape ().
+        finite: whether every product was finite, shape (). If the gradient is not, the steps are NaN; if a later
+            product is not, they are those of the basis before it.
         ritz_values: eigenvalues of the Gauss-Newton matrix as the basis sees them, shape (rank,), 0 beyond its size.
     """
 

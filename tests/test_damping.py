@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gn_linear as gnl
-from gn_linear.damping import Constant, LevenbergMarquardt, Schedule, as_policy
+from gn_linear.damping import Constant, LevenbergMarquardt, Path, Schedule, as_policy
 from tests.support import assert_bit_equal, assert_close, tolerance
 
 SCALE, COUNT = jnp.float64(4.0), jnp.int32(0)
@@ -78,6 +78,27 @@ def test_bounds_hold_for_ever():
     assert float(down.multiple[-1]) == 0.5
 
 
+PATH = Path((10.0, 0.1, 1.0), initial=0.5, minimum=0.1, maximum=100.0)
+
+
+def test_path_tries_its_factors_within_the_bounds():
+    state = PATH.init(jnp.float64)
+    assert_close(PATH.dampings(state, SCALE), [20.0, 0.4, 2.0])
+    assert_close(PATH.dampings(state._replace(multiple=jnp.float64(50.0)), SCALE), [400.0, 20.0, 200.0])
+    assert int(PATH.most) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(events=st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=LENGTH))
+def test_path_moves_to_what_was_chosen_and_up_after_a_refusal(events):
+    state, multiple = PATH.init(jnp.float64), 0.5
+    for chosen, accepted in events:
+        state = PATH.moved(state, jnp.int32(chosen), jnp.asarray(accepted))
+        tried = np.clip(PATH.factors[chosen] * multiple, 0.1, 100.0)
+        multiple = np.clip(tried if accepted else max(tried, 2 * multiple), 0.1, 100.0)
+        assert_close(state.multiple, multiple, size=LENGTH)
+
+
 def test_growth_stays_finite():
     def step(state, _):
         return LevenbergMarquardt().update(state, jnp.float32(-1.0), jnp.array(False)), None
@@ -110,7 +131,7 @@ def test_constant_is_absolute():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize(
     "policy",
-    [Constant(0.1), Schedule(optax.constant_schedule(0.1)), LevenbergMarquardt()],
+    [Constant(0.1), Schedule(optax.constant_schedule(0.1)), LevenbergMarquardt(), Path()],
     ids=lambda p: type(p).__name__,
 )
 def test_damping_is_in_the_dtype_of_the_solve(policy, dtype):
@@ -141,11 +162,12 @@ def test_damping_that_is_no_number(value):
         as_policy(value)
 
 
+@pytest.mark.parametrize("policy", [LevenbergMarquardt(), Path()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("name", ["initial", "minimum", "maximum"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_bounds_are_positive_and_finite(name, value):
+def test_bounds_are_positive_and_finite(policy, name, value):
     with pytest.raises(ValueError, match=f"^{name} must be a positive finite number"):
-        dataclasses.replace(LevenbergMarquardt(), **{name: value})
+        dataclasses.replace(policy, **{name: value})
 
 
 def test_schedule_is_a_function():

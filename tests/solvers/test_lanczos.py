@@ -179,6 +179,16 @@ def test_path_takes_the_lowest_objective():
     assert_close(state.damping.multiple, best * 1e-2)
 
 
+@pytest.mark.parametrize("solver", [gnl.solvers.Lanczos(20), gnl.solvers.CG()], ids=["Lanczos", "CG"])
+def test_path_that_raises_the_objective_is_halved(solver):
+    """All dampings are far too small, and still no step is lost."""
+    policy = gnl.damping.Path((1.0, 2.0), initial=1e-8)
+    _, (values, info) = run(gnl.gauss_newton(wave, gnl.losses.squared_error, solver=solver, damping=policy), 6)
+    assert np.all(info.accepted)
+    assert np.all(np.diff(values) < 0)
+    assert np.any(np.diff(info.damping) > 0)  # where the step had to be halved
+
+
 def test_minimum_norm_has_no_damping_to_adapt():
     solver = gnl.solvers.Lanczos(12, gnl.filters.MinimumNorm(1e-10), rtol=0.0)
     with pytest.raises(TypeError, match=r"damping must be 0\.0"):

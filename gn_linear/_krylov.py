@@ -41,18 +41,20 @@ class Space(NamedTuple):
         dual: a left vector to its norm, and to the vector whose dot products are its inner products.
         lift: that dual to what ``pull`` takes.
         pull: from there to a vector like the parameters.
-        origin: the left vector that is zero.
+        origin: the left vector that is zero, and its dual.
         in_outputs: whether vectors are kept in the space of outputs.
         largest: the size that no basis exceeds.
+        rounding: of the products, relative.
     """
 
     forward: Callable[[Params], tuple[Any, Any]]
     dual: Callable[[Any], tuple[Scalar, Any]]
     lift: Callable[[Any], Any]
     pull: Callable[[Any], Params]
-    origin: Any
+    origin: tuple[Any, Any]
     in_outputs: bool
     largest: int
+    rounding: float
 
 
 class KrylovBasis(NamedTuple):
@@ -104,6 +106,7 @@ class _Carry(NamedTuple):
     basis: KrylovBasis
     images: Any  # of the basis, in sample space
     left: Any  # the last left vector
+    dual: Any  # and its dual
     right: Params  # the next vector of the basis, like the parameters
     kept: Any  # the same, as it is kept
     reach: Scalar  # the largest entry of R so far, about the norm of A
@@ -130,7 +133,7 @@ def krylov_basis(
     """
     right = space.pull(start) if space.in_outputs else start
     norm = _tree.norm(right)
-    dtype, rounding = norm.dtype, ROUNDING * jnp.finfo(norm.dtype).eps
+    dtype, rounding = norm.dtype, ROUNDING * space.rounding
     unit = jnp.where((norm > 0) & jnp.isfinite(norm), norm, jnp.ones_like(norm))
     live = (norm > 0) & jnp.isfinite(norm) & _tree.all_finite(start)
     right, kept = _tree.divide(right, unit), _tree.divide(start, unit)
@@ -145,7 +148,9 @@ def krylov_basis(
         vectors = _set(basis.vectors, k, carry.kept)
         images = None if carry.images is None else _set(carry.images, k, image)
         vectors, images = jax.lax.optimization_barrier((vectors, images))  # else the stacks are copied at every step
-        before = jnp.where(k > 0, basis.above[k - 1], zero)
+        # The component along the last one is the last entry above the diagonal. Taken off as it is found, since what
+        # rounding leaves of it would grow from step to step.
+        before = _tree.dot(carry.dual, left).astype(dtype)
         alpha, dual, left = _normalised(space, _tree.axpy(-before, carry.left, left), rounding * carry.reach)
         lifted = space.lift(dual)
         moved = lifted if space.in_outputs else space.pull(lifted)
@@ -171,10 +176,10 @@ def krylov_basis(
             asked = (grown.size % max(CHECKS, -(-rank // CHECKS)) == 0) & ~done
             done = done | jax.lax.cond(asked, converged, lambda _: jnp.zeros([], bool), grown)
         right, kept = _tree.divide(right, unit), _tree.divide(moved, unit)
-        return _Carry(grown, images, left, right, kept, reach, slope, ~done)
+        return _Carry(grown, images, left, dual, right, kept, reach, slope, ~done)
 
     most = min(rank, space.largest)
-    carry = _Carry(basis, images, space.origin, right, kept, zero, zero, live)
+    carry = _Carry(basis, images, *space.origin, right, kept, zero, zero, live)
     return jax.lax.while_loop(lambda c: c.live & (c.basis.size < most), step, carry).basis
 
 
@@ -234,7 +239,7 @@ def parameter_space(problem: LinearisedProblem) -> Space:
         return space
     # A penalty by leaves is a second factor below the first.
     weights = jax.tree.map(lambda w, p: jnp.asarray(w, p.dtype), problem.l2, _tree.solve_zeros(problem.params))
-    roots = jax.tree.map(jnp.sqrt, weights)
+    roots, nothing = jax.tree.map(jnp.sqrt, weights), _tree.solve_zeros(problem.params)
 
     def forward(vector: Params) -> tuple[Any, Any]:
         image, left = space.forward(vector)
@@ -250,7 +255,7 @@ def parameter_space(problem: LinearisedProblem) -> Space:
         dual=dual,
         lift=lambda left: (space.lift(left[0]), jax.tree.map(jnp.multiply, roots, left[1])),
         pull=lambda pair: _tree.add(space.pull(pair[0]), pair[1]),
-        origin=(space.origin, _tree.solve_zeros(problem.params)),
+        origin=((space.origin[0], nothing), (space.origin[1], nothing)),
     )
 
 
@@ -267,7 +272,20 @@ def is_shift(problem: LinearisedProblem) -> bool:
 
 def pulled_back(problem: LinearisedProblem, vector: Any) -> Params:
     """``J^T`` of a vector like the outputs, in the dtypes of the solve."""
-    return _tree.to_solve(problem.linearisation.vjp(_tree.cast_like(vector, problem.linearisation.outputs)))
+    linearisation = problem.linearisation
+    if all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in jax.tree.leaves(linearisation.outputs)):
+        return _tree.to_solve(linearisation.vjp(_tree.cast_like(vector, linearisation.outputs)))
+    # A short vector would lose its digits in the range of float16, and a sum over a large batch might leave it.
+    norm = _tree.norm(vector)
+    unit = jnp.where((norm > 0) & jnp.isfinite(norm), norm, jnp.ones_like(norm))
+    pulled = linearisation.vjp(_tree.cast_like(_tree.divide(vector, unit), linearisation.outputs))
+    return _tree.scale(unit, _tree.to_solve(pulled))
+
+
+def product_rounding(problem: LinearisedProblem) -> float:
+    """The relative rounding of products with the Jacobian: that of the narrowest dtype among parameters and outputs."""
+    leaves = jax.tree.leaves((problem.params, problem.linearisation.outputs))
+    return max((float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in leaves), default=0.0)
 
 
 def _factors(problem: LinearisedProblem) -> Space:
@@ -287,14 +305,16 @@ def _factors(problem: LinearisedProblem) -> Space:
         square = _tree.dot(scaled, image)
         return unit * jnp.sqrt(jnp.where(square < 0, jnp.zeros_like(square), square)), _tree.scale(unit, image)
 
+    zeros = jax.tree.map(jnp.zeros_like, _tree.to_solve(outputs))
     return Space(
         forward,
         dual=(lambda left: (_tree.norm(left), left)) if hessian.closed_form else in_curvature,
         lift=hessian.root if hessian.closed_form else lambda image: image,
         pull=lambda vector: pulled_back(problem, vector),
-        origin=jax.tree.map(jnp.zeros_like, _tree.to_solve(outputs)),
+        origin=(zeros, zeros),
         in_outputs=False,
         largest=sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
+        rounding=product_rounding(problem),
     )
 
 

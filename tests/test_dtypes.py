@@ -26,16 +26,21 @@ from tests.support import (
 
 SQUARED, SOFTMAX = gnl.losses.squared_error, gnl.losses.softmax_cross_entropy
 CG, JACOBI = gnl.solvers.CG, gnl.preconditioners.Jacobi
+LANCZOS, FIRST_ORDER = gnl.solvers.Lanczos, gnl.solvers.FirstOrder
+RATE, STEPS = 0.4, 3
+# optax's adam does not bear strict promotion
+RMSPROP = FIRST_ORDER(optax.rmsprop(0.1, momentum=0.5), STEPS, warm_start=0.5, proximal=0.1, line_search=True)
 NEWTON = {
     "cg": {},
     "jacobi": {"solver": CG(preconditioner=JACOBI())},
     "warm": {"solver": CG(warm_start=0.95)},
-    "lanczos": {"solver": gnl.solvers.Lanczos(12, in_outputs=False)},
-    "lanczos, outputs": {"solver": gnl.solvers.Lanczos(12, in_outputs=True)},
-    "first order": {"solver": gnl.solvers.FirstOrder(optax.sgd(0.05), 3), "damping": 0.0},
+    "lanczos": {"solver": LANCZOS(12, in_outputs=False)},
+    "path": {"solver": LANCZOS(12, in_outputs=True), "damping": gnl.damping.Path(initial=1.0, minimum=0.5)},
+    "first order": {"solver": FIRST_ORDER(optax.sgd(RATE), STEPS), "damping": 0.0},
+    "rmsprop": {"solver": RMSPROP, "damping": 0.0},
 }
 PERIODS = {"period 1": 1, "period 3": 3}
-TRANSFORMS = [*NEWTON, *PERIODS]
+TRANSFORMS = [*(which for which in NEWTON if which != "first order"), *PERIODS]
 DTYPES = {
     "bfloat16": (jnp.bfloat16,) * 3,
     "float16": (jnp.float16,) * 3,
@@ -162,6 +167,7 @@ def train(which, name, steps):
 # Compiling takes seconds, so the other combinations of the types are only traced, above.
 RUNS = [(which, name) for which in ("jacobi", "period 3") for name in DTYPES]
 RUNS += [("warm", name) for name in ("bfloat16", "float16", "float32")]
+RUNS += [("first order", name) for name in ("float32", "mixed")]
 RUNS += [(which, name) for which in ("cg", "period 1") for name in ("float64", "mixed")]
 
 
@@ -186,7 +192,7 @@ def test_training_reaches_the_last_digits(which, name):
     assert_close(outputs, y, dtype=narrowest(params, x), size=1, condition=4.0)
 
 
-@pytest.mark.parametrize("which", ["jacobi", "warm", "period 3"])
+@pytest.mark.parametrize("which", ["jacobi", "warm", "first order", "period 3"])
 def test_single_precision_runs_the_same_without_double_precision(which):
     """Nothing in a run of float32 depends on whether float64 exists."""
     _, params, state, _, _ = trained(which, "float32")
@@ -197,8 +203,17 @@ def test_single_precision_runs_the_same_without_double_precision(which):
     assert_bit_equal((single, single_state), (params, state))
 
 
-@pytest.mark.parametrize("precision", X64)
-@pytest.mark.parametrize("which", ["warm", "period 3"])
+@pytest.mark.parametrize(
+    ("which", "precision"),
+    [
+        ("warm", "double"),
+        ("warm", "single"),
+        ("path", "double"),
+        ("first order", "single"),
+        ("period 3", "double"),
+        ("period 3", "single"),
+    ],
+)
 def test_python_floats_and_numpy_arrays_are_parameters(which, precision):
     """Leaves become arrays of the default float with the first step; the state has its types from the start."""
     with jax.enable_x64(X64[precision]):
@@ -237,22 +252,50 @@ def dense_model(params, x, y):
     return dense_jacobian(model, params, x), flat(model(params, x)), flat(params), flat(y)
 
 
-@pytest.mark.parametrize(("which", "name"), [("jacobi", "bfloat16"), ("warm", "float16"), ("warm", "mixed")])
-def test_step_is_the_dense_damped_step(which, name):
+def exact(which, dtype, damping):
+    """Options with which a solver leaves nothing out; the damping where the entry has none of its own."""
+    solver, eps = NEWTON[which].get("solver", CG()), float(jnp.finfo(dtype).eps)
+    if isinstance(solver, CG):
+        solver = dataclasses.replace(solver, max_steps=60, rtol=eps, progress=0.0)
+    elif isinstance(solver, LANCZOS):
+        solver = dataclasses.replace(solver, rank=60, rtol=eps)
+    return {"solver": solver, "damping": NEWTON[which].get("damping", damping)}
+
+
+def used_damping(options, state):
+    """What a constant policy was told; an adaptive one reports it."""
+    constant = isinstance(options["damping"], float)
+    return options["damping"] if constant else float(state.info.damping)
+
+
+def desired_step(which, ggn, gradient, damping):
+    """The damped step, or the sum of the steps of gradient descent, and how much it enlarges errors."""
+    if which != "first order":
+        return damped_step(ggn, gradient, damping), condition(ggn, damping)
+    powers = [np.linalg.matrix_power(np.eye(len(ggn)) - RATE * ggn, k) for k in range(STEPS)]
+    growth = STEPS * max(np.linalg.norm(power, 2) for power in powers)
+    return -RATE * sum(powers) @ gradient, growth
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("jacobi", "bfloat16"),
+        ("warm", "float16"),
+        ("warm", "mixed"),
+        ("lanczos", "bfloat16"),
+        ("first order", "bfloat16"),
+    ],
+)
+def test_step_is_the_dense_step(which, name):
     """The second step of a run, so that a warm start has something to start from."""
     dtype = narrowest(model_params(name))
     first, (x, y) = model_params(name), model_batch(compute_dtype(name))
     jacobian, outputs, _, targets = dense_model(first, x, y)
     ggn = jacobian.T @ jacobian / len(x)
     damping = float(np.linalg.eigvalsh(ggn)[-1])  # a condition number of at most 2
-    solver = CG(
-        max_steps=40,
-        rtol=float(jnp.finfo(dtype).eps),
-        progress=0.0,
-        preconditioner=JACOBI() if which == "jacobi" else None,
-        warm_start=0.95 if which == "warm" else None,
-    )
-    optimiser = gnl.gauss_newton(model, SQUARED, solver=solver, damping=damping)
+    options = exact(which, dtype, damping)
+    optimiser = make(which, model, **options)
 
     @jax.jit
     def step(params, state):
@@ -264,9 +307,10 @@ def test_step_is_the_dense_damped_step(which, name):
         jacobian, outputs, _, targets = dense_model(params, x, y)
         ggn = jacobian.T @ jacobian / len(x)
         updates, state = step(params, state)
-        desired = damped_step(ggn, jacobian.T @ (outputs - targets) / len(x), damping)
-        assert tolerance(dtype, condition=condition(ggn, damping)) < 1  # else a zero step would do
-        assert_close(updates, desired, dtype=dtype, size=1, condition=condition(ggn, damping))
+        gradient = jacobian.T @ (outputs - targets) / len(x)
+        desired, conditioning = desired_step(which, ggn, gradient, used_damping(options, state))
+        assert tolerance(dtype, condition=conditioning) < 1  # else a zero step would do
+        assert_close(updates, desired, dtype=dtype, size=1, condition=conditioning)
         assert state.info.accepted
         params = optax.apply_updates(params, updates)
 
@@ -318,20 +362,21 @@ def dense_classifier(params, x, labels):
     return ggn, (x.T @ cotangents).ravel(), cotangents
 
 
-@pytest.mark.parametrize(("which", "gain"), [("cg", 1.0), ("jacobi", 3.0), ("warm", 3.0)])
+@pytest.mark.parametrize(("which", "gain"), [("cg", 1.0), ("jacobi", 3.0), ("warm", 3.0), ("path", 1.0)])
 def test_float16_keeps_the_step_of_a_large_batch(gain, which):
     """With 512 examples in the mean, most cotangents are below what float16 holds to full precision."""
     params, x, labels = confident(gain)
     ggn, gradient, cotangents = dense_classifier(params, x, labels)
     assert np.median(np.abs(cotangents)) < jnp.finfo(jnp.float16).tiny
     damping = float(np.linalg.eigvalsh(ggn)[-1])  # a condition number of at most 2
-    exact = {"max_steps": 60, "rtol": float(jnp.finfo(jnp.float16).eps), "progress": 0.0}
-    solver = dataclasses.replace(NEWTON[which].get("solver", CG()), **exact)
-    optimiser = make(which, classifier, SOFTMAX, damping=damping, solver=solver)
+    options = exact(which, jnp.float16, damping)
+    optimiser = make(which, classifier, SOFTMAX, **options)
     grads = jax.jit(jax.grad(lambda q: SOFTMAX(classifier(q, x), labels)))(params)
     update = jax.jit(lambda g, s, p: optimiser.update(g, s, p, inputs=x, targets=labels))
     updates, state = update(grads, optimiser.init(params), params)
-    assert_close(updates, damped_step(ggn, gradient, damping), size=1, condition=condition(ggn, damping))
+    desired, conditioning = desired_step(which, ggn, gradient, used_damping(options, state))
+    assert tolerance(jnp.float16, condition=conditioning) < 1
+    assert_close(updates, desired, size=1, condition=conditioning)
     assert state.info.accepted
 
 
@@ -351,20 +396,42 @@ def linear(params, x):
     return x @ params["w"]
 
 
-@pytest.mark.parametrize("which", ["jacobi", "warm"])
-def test_residuals_beyond_float16(which):
-    """Outputs of 40000 against targets of -30000: the residual overflows float16, the step and gradient do not."""
-    params = {"w": jnp.full(4, 20000.0, jnp.float16)}
-    x, y = jnp.full((4, 4), 0.5, jnp.float16), jnp.full(4, -30000.0, jnp.float16)
-    damping = 1.0
-    optimiser = make(which, linear, damping=damping)
+BEYOND = {
+    "residual": (jnp.full(4, 20000.0), jnp.full((4, 4), 0.5), jnp.full(4, -30000.0)),
+    "curvature": (jnp.ones(1), jnp.full((1, 1), 300.0), jnp.full(1, 250.0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("jacobi", "residual"),
+        ("warm", "residual"),
+        ("lanczos", "curvature"),
+        ("path", "residual"),
+        ("path", "curvature"),
+        ("first order", "residual"),
+    ],
+)
+def test_what_is_beyond_float16(which, name):
+    """Outputs of 40000 against targets of -30000: the residual overflows float16, the step and gradient do not.
+
+    A curvature of 90000 does so as well, but only its root occurs in a bidiagonalisation.
+    """
+    w, x, y = (part.astype(jnp.float16) for part in BEYOND[name])
+    params = {"w": w}
+    options = exact(which, jnp.float16, 1.0)
+    optimiser = make(which, linear, **options)
     grads = jax.grad(lambda p: SQUARED(linear(p, x), y))(params)
     update = jax.jit(lambda g, s, p: optimiser.update(g, s, p, inputs=x, targets=y))
     updates, state = update(grads, optimiser.init(params), params)
-    desired = damped_step(np.full((4, 4), 0.25), np.full(4, 35000.0), damping)
-    assert_close(updates, desired, size=1, condition=1 + 1 / damping)
+    matrix, residual = np.asarray(x, np.float64), np.asarray(x, np.float64) @ flat(w) - flat(y)
+    ggn, gradient = matrix.T @ matrix / len(x), matrix.T @ residual / len(x)
+    desired, conditioning = desired_step(which, ggn, gradient, used_damping(options, state))
+    assert tolerance(jnp.float16, condition=conditioning) < 1
+    assert_close(updates, desired, size=1, condition=conditioning)
     assert state.info.accepted
-    assert_close(state.info.loss, np.float64(70000.0**2 / 2), dtype=jnp.float32)
+    assert_close(state.info.loss, np.mean(residual**2) / 2, dtype=jnp.float32)
 
 
 OVERFLOWS = {
@@ -381,6 +448,9 @@ OVERFLOWS = {
         ("cg", "curvature", 0.1),
         ("warm", "curvature", 0.1),
         ("jacobi", "gradient", 0.1),
+        ("path", "gradient", gnl.damping.Path()),
+        ("first order", "gradient", 0.0),
+        ("first order", "curvature", 0.0),
     ],
 )
 def test_overflow_of_float16_is_refused_and_forgotten(which, name, damping):
@@ -421,7 +491,7 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("name", EMPTY)
-@pytest.mark.parametrize("which", ["jacobi", "warm", *PERIODS])
+@pytest.mark.parametrize("which", ["jacobi", "warm", "path", "first order", *PERIODS])
 def test_parameters_without_entries(which, name):
     params, x, y = EMPTY[name], jnp.ones((4, 3)), jnp.full((4, 3), 3.0)
     transform = make(which, lambda p, x: 2 * x, l2=0.1)
@@ -440,7 +510,8 @@ def test_parameters_without_entries(which, name):
         assert_bit_equal(state.anchor, params)
         return
     info = state.info
-    assert (info.loss, info.solver_steps, info.solver_status) == (1.5, 0, STATUS.CONVERGED)
+    solved = (STEPS, STATUS.COMPLETED) if which == "first order" else (0, STATUS.CONVERGED)
+    assert (info.loss, info.solver_steps, info.solver_status) == (1.5, *solved)
     assert (info.accepted, info.skipped, info.step_norm) == (True, 0, 0.0)
     assert (info.actual_reduction, info.predicted_reduction, info.gain_ratio) == (0.0, 0.0, 1.0)
     assert_bit_equal(state.damping, before.damping)  # nothing was learnt
@@ -462,6 +533,8 @@ WEIGHTED = gnl.losses.weighted(SQUARED)
         ("warm", WEIGHTED, (jnp.zeros((0, 2)), jnp.zeros(0)), True),
         ("cg", mean_square, jnp.zeros((0, 2)), False),
         ("jacobi", mean_square, jnp.zeros((0, 2)), False),
+        ("path", SQUARED, jnp.zeros((0, 2)), True),
+        ("first order", SOFTMAX, jnp.zeros(0, jnp.int32), True),
         ("period 1", SOFTMAX, jnp.zeros(0, jnp.int32), True),
         ("period 3", mean_square, jnp.zeros((0, 2)), True),
     ],
@@ -478,7 +551,8 @@ def test_batch_without_examples_changes_nothing(which, loss, y, finite):
     if which in PERIODS:
         assert not flat(updates).any()
         return
-    assert (state.scale, state.info.solver_steps, state.info.step_norm) == (0.0, 0, 0.0)
+    steps = STEPS if which == "first order" else 0
+    assert (state.scale, state.info.solver_steps, state.info.step_norm) == (0.0, steps, 0.0)
     assert (bool(state.info.accepted), int(state.info.skipped)) == ((True, 0) if finite else (False, 1))
     assert np.isfinite(state.info.loss) == finite
     if finite:

@@ -19,8 +19,10 @@ from tests.support import assert_bit_equal, flat, tolerance
 DAMPING = 0.1
 RATE = 0.1
 EXACT = gnl.solvers.CG(max_steps=30, rtol=float(jnp.finfo(jnp.float64).eps), progress=0.0)
+LANCZOS = gnl.solvers.Lanczos(4, rtol=0.0, in_outputs=True)
 SQUARED = gnl.losses.squared_error
-GAUSS_NEWTON = "gauss_newton"
+GAUSS_NEWTON, PATH, BLOCKS = "gauss_newton", "lanczos, path", "first order"
+FACTORS, LEAST = (0.5, 1.0, 4.0), 0.5
 LINEARISED = ("linearised_sgd", "linearised_adam")
 TRANSFORMS = (GAUSS_NEWTON, *LINEARISED)
 
@@ -69,16 +71,55 @@ class Hand:
         self.name, self.free, self.period, self.damping = name, free, period, damping
         self.l2 = np.broadcast_to(l2, 4)
         self.count, self.anchor, self.moments = 0, None, (0.0, 0.0)
+        self.trace, self.centre, self.scale = 0.0, 1.0, None
 
     def __call__(self, theta, batch, rhs=None, curvature=None):
         step = np.zeros_like(theta)
-        if self.name == GAUSS_NEWTON:
+        if self.name not in LINEARISED:
             j = jacobian(theta, (curvature or batch)[0])[:, self.free]
             b = (gradient(theta, batch) if rhs is None else rhs)[self.free]
-            step[self.free] = -np.linalg.solve(j.T @ j / len(j) + np.diag(self.damping + self.l2[self.free]), b)
+            if not np.all(np.isfinite(b)):
+                self.centre *= max(FACTORS)
+                return step
+            ggn = j.T @ j / len(j) + np.diag(self.l2[self.free])
+            if self.name == GAUSS_NEWTON:
+                step[self.free] = -np.linalg.solve(ggn + self.damping * np.eye(len(b)), b)
+            elif self.name == BLOCKS:
+                step[self.free] = self.block(ggn, b)
+            else:
+                step[self.free] = self.best(ggn, b, theta, batch)
             return step
         step[self.free] = self.inner((self.linearised_gradient(theta, batch) + self.l2 * theta)[self.free])
         return step
+
+    def block(self, ggn, b):
+        """Three steps of gradient descent with momentum."""
+        d = np.zeros_like(b)
+        for _ in range(3):
+            self.trace = 0.5 * self.trace + b + ggn @ d
+            d = d - RATE * self.trace
+        return d
+
+    def best(self, ggn, b, theta, batch):
+        """The step of the path after which the objective is lowest."""
+
+        def objective(d):
+            point = theta.copy()
+            point[self.free] += d
+            return value(point, batch) + self.l2[self.free] @ point[self.free] ** 2 / 2
+
+        none = np.zeros_like(b)
+        if self.scale is None:
+            self.scale = max(b @ ggn @ b / (b @ b), b @ b / (2 * objective(none)))
+        multiples = np.maximum(np.array(FACTORS) * self.centre, LEAST)
+        assert LEAST * self.scale >= DAMPING  # what the tolerances count on
+        steps = [-np.linalg.solve(ggn + multiple * self.scale * np.eye(len(b)), b) for multiple in multiples]
+        rest = b - (gradient(theta, batch) + self.l2 * theta)[self.free]
+        gains = [objective(none) - objective(d) - rest @ d for d in steps]
+        chosen = np.argmax(gains)
+        assert gains[chosen] > 0  # else it would be halved
+        self.centre = multiples[chosen]
+        return steps[chosen]
 
     def linearised_gradient(self, theta, batch):
         t, y = batch
@@ -108,9 +149,24 @@ def hand_run(name, batches, **options):
 # --- the same by the package -----------------------------------------------------------------------------------------
 
 
+def path_of_dampings(initial=1.0):
+    return gnl.damping.Path(FACTORS, initial=initial, minimum=LEAST)
+
+
+def blocks(**options):
+    return gnl.solvers.FirstOrder(optax.sgd(RATE, momentum=0.5), 3, **options)
+
+
+NEWTON = {
+    GAUSS_NEWTON: {"solver": EXACT, "damping": DAMPING},
+    PATH: {"solver": LANCZOS, "damping": path_of_dampings()},
+    BLOCKS: {"solver": blocks(), "damping": 0.0},
+}
+
+
 def make(name, **options):
-    if name == GAUSS_NEWTON:
-        return gnl.gauss_newton(predict, SQUARED, **{"solver": EXACT, "damping": DAMPING, **options})
+    if name not in LINEARISED:
+        return gnl.gauss_newton(predict, SQUARED, **{**NEWTON[name], **options})
     inner = optax.sgd(RATE) if name == "linearised_sgd" else optax.adam(RATE)
     return optax.chain(gnl.iterative_linearisation(predict, SQUARED, **{"period": 2, **options}), inner)
 
@@ -172,6 +228,10 @@ def injected(name):
     if name == GAUSS_NEWTON:
         factory = optax.inject_hyperparams(gnl.gauss_newton, static_args=("predict", "loss"))
         return factory(predict, SQUARED, solver=EXACT, damping=DAMPING)
+    if name == PATH:
+        return optax.inject_hyperparams(lambda initial: make(name, damping=path_of_dampings(initial)))(initial=1.0)
+    if name == BLOCKS:
+        return optax.inject_hyperparams(lambda proximal: make(name, solver=blocks(proximal=proximal)))(proximal=0.0)
     factory = optax.inject_hyperparams(gnl.iterative_linearisation, static_args=("predict", "loss"))
     return optax.chain(factory(predict, SQUARED, period=2), optax.sgd(RATE) if "sgd" in name else optax.adam(RATE))
 
@@ -180,20 +240,24 @@ def observed(transform):
     return optax.chain(optax.named_chain(("ours", transform), ("size", optax.monitor({"size": optax.tree.norm}))))
 
 
+CHAIN = "chain, named_chain, monitor"
 TRANSPARENT = {
-    "chain, named_chain, monitor": lambda name: observed(make(name)),
+    CHAIN: lambda name: observed(make(name)),
     "MultiSteps of 1": lambda name: optax.MultiSteps(make(name), 1, accumulator_dtype=jnp.float64),
     "inject_hyperparams": injected,
     "flatten": lambda name: optax.flatten(make(name)),
 }
 
 
-@pytest.mark.parametrize("name", [GAUSS_NEWTON, "linearised_adam"])
-@pytest.mark.parametrize("wrapper", TRANSPARENT)
+PAIRS = [(wrapper, name) for wrapper in TRANSPARENT for name in (GAUSS_NEWTON, "linearised_adam")]
+PAIRS += [(wrapper, name) for wrapper in (CHAIN, "inject_hyperparams") for name in (PATH, BLOCKS)]
+
+
+@pytest.mark.parametrize(("wrapper", "name"), PAIRS)
 def test_wrapper_changes_nothing(wrapper, name):
     path, state = run(TRANSPARENT[wrapper](name), BATCHES, full_params=wrapper == "flatten")
     assert_path(path, hand_run(name, BATCHES))
-    if name == GAUSS_NEWTON:
+    if name in NEWTON:
         assert gnl.info(state).accepted
         return
     assert gnl.info(state).feature_updates == 3
@@ -231,7 +295,11 @@ PARTS = {
     [
         ("partition", GAUSS_NEWTON),
         ("partition", "linearised_adam"),
+        ("partition", PATH),
+        ("partition", BLOCKS),
         ("masked", GAUSS_NEWTON),
+        ("masked", PATH),
+        ("masked", BLOCKS),
         ("masked", "linearised_adam"),
         ("selective_transform", "linearised_adam"),
     ],
@@ -244,7 +312,7 @@ def test_part_of_the_parameters(wrapper, name):
     x, y = BATCHES[0]
     with pytest.raises(ValueError, match=r"full_params is missing: params come without \['k'\]"):
         optimiser.update(START, optimiser.init(START), START, inputs=x, targets=y)
-    if name != GAUSS_NEWTON:  # six steps at period 2: the anchor is where the fifth step started
+    if name in LINEARISED:  # six steps at period 2: the anchor is where the fifth step started
         assert isinstance(gnl.anchor(state)["k"], optax.MaskedNode)
         anchor = gnl.anchor(state, full_params=path[-1])
         assert_bit_equal(anchor, {"a": path[3]["a"], "k": START["k"]})
@@ -324,9 +392,10 @@ def test_freeze_in_front_freezes_nothing():
 # --- inject_hyperparams ----------------------------------------------------------------------------------------------
 
 
-def test_injected_numbers_change_without_a_new_trace():
+@pytest.mark.parametrize("solver", [EXACT, LANCZOS])
+def test_injected_numbers_change_without_a_new_trace(solver):
     factory = optax.inject_hyperparams(gnl.gauss_newton, static_args=("predict", "loss"))
-    optimiser = factory(predict, SQUARED, solver=EXACT, damping=DAMPING, learning_rate=0.5, l2=0.2)
+    optimiser = factory(predict, SQUARED, solver=solver, damping=DAMPING, learning_rate=0.5, l2=0.2)
     params, state, step = start(optimiser)
     assert set(state.hyperparams) == {"damping", "learning_rate", "l2"}
     for damping, rate, l2 in ((DAMPING, 0.5, 0.2), (0.7, 1.0, 0.0), (0.4, 0.25, 3.0)):
@@ -508,7 +577,7 @@ def test_multi_steps_updates_the_inner_transform_at_every_micro_batch():
     assert counts == [counts[0], 2 * counts[0], 3 * counts[0]]
 
 
-@pytest.mark.parametrize("name", [GAUSS_NEWTON, "linearised_sgd"])
+@pytest.mark.parametrize("name", [*NEWTON, "linearised_sgd"])
 def test_multi_steps_skips_what_is_not_finite(name):
     wrapped = optax.MultiSteps(
         make(name), 2, should_skip_update_fn=optax.skip_not_finite, accumulator_dtype=jnp.float64
@@ -518,7 +587,7 @@ def test_multi_steps_skips_what_is_not_finite(name):
     take = Hand(name)
     assert_near(path[2], flat(START) + take(flat(START), BATCHES[1], rhs=mean_gradient(flat(START), BATCHES[:2])))
     assert not state.skip_state["should_skip"]
-    if name == GAUSS_NEWTON:
+    if name in NEWTON:
         assert gnl.info(state).skipped == 0
 
 
@@ -543,9 +612,10 @@ def test_gradient_transformation_of_multi_steps_drops_the_batch():
 # --- conditions ------------------------------------------------------------------------------------------------------
 
 
-def test_apply_if_finite_and_refusal_of_gauss_newton():
+@pytest.mark.parametrize("name", NEWTON)
+def test_apply_if_finite_and_refusal_of_gauss_newton(name):
     """A NaN gradient is kept from the transform, until it gives up; then the transform refuses by itself."""
-    params, state, step = start(optax.apply_if_finite(make(GAUSS_NEWTON), max_consecutive_errors=2))
+    params, state, step = start(optax.apply_if_finite(make(name), max_consecutive_errors=2))
     for bad in range(1, 4):
         before = state
         params, state, _, _ = step(params, state, BROKEN)
@@ -555,7 +625,7 @@ def test_apply_if_finite_and_refusal_of_gauss_newton():
             assert_bit_equal(state.inner_state, before.inner_state)
     assert (gnl.info(state).skipped, gnl.info(state).accepted) == (1, False)
     params, state, _, _ = step(params, state, BATCHES[0])
-    assert_near(params, hand_run(GAUSS_NEWTON, BATCHES[:1])[0])
+    assert_near(params, hand_run(name, [BROKEN, BATCHES[0]])[1])
     assert (gnl.info(state).accepted, state.notfinite_count) == (True, 0)
 
 
@@ -588,7 +658,7 @@ def test_conditions_see_the_batch(wrapper, name):
 # --- schedule_free, mechanize ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [*TRANSFORMS, BLOCKS])
 def test_schedule_free(name):
     """Its params are where gradients are taken; the average to evaluate is apart. Steps start from z, not from them."""
     b1 = 0.8
@@ -605,7 +675,7 @@ def test_schedule_free(name):
         assert_near(state.z, z, t + 1)
         assert_near(optax.contrib.schedule_free_eval_params(state, params), x, (t + 1) / b1)
     assert np.max(np.abs(x - y)) > 1e-4
-    if name != GAUSS_NEWTON:
+    if name in LINEARISED:
         assert_near(gnl.anchor(state), take.anchor, 6)
 
 
@@ -710,12 +780,16 @@ def test_split_real_and_imaginary(name):
 
 
 def warm(name):
-    return make(name, solver=gnl.solvers.CG(warm_start=0.9)) if name == GAUSS_NEWTON else make(name)
+    solvers = {GAUSS_NEWTON: gnl.solvers.CG(warm_start=0.9), BLOCKS: blocks(warm_start=0.9)}
+    return make(name, solver=solvers[name]) if name in solvers else make(name)
 
 
-@pytest.mark.parametrize("name", [GAUSS_NEWTON, "linearised_adam"])
+LIKE_PARAMS = {GAUSS_NEWTON: 1, PATH: 0, BLOCKS: 2, "linearised_adam": 3}
+
+
+@pytest.mark.parametrize("name", LIKE_PARAMS)
 def test_tree_map_params_finds_what_is_like_the_parameters(name):
-    """The warm start and the anchor, and nothing of the rest."""
+    """The warm start, the anchor and what inner optimisers keep, and nothing of the rest."""
     optimiser = warm(name)
     state = optimiser.init(START)
     specs = {"a": "spec of a", "k": "spec of k"}
@@ -724,13 +798,13 @@ def test_tree_map_params_finds_what_is_like_the_parameters(name):
     )
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     found = [leaf for leaf in jax.tree.leaves(mapped) if leaf != "other"]
-    assert found == ["spec of a", "spec of k"] * (1 if name == GAUSS_NEWTON else 3)
-    if name != GAUSS_NEWTON:
+    assert found == ["spec of a", "spec of k"] * LIKE_PARAMS[name]
+    if name == "linearised_adam":
         assert gnl.anchor(mapped) == specs
     assert_bit_equal(optax.tree_utils.tree_map_params(optimiser, lambda leaf: leaf, state), state)
 
 
-@pytest.mark.parametrize("name", [GAUSS_NEWTON, "linearised_adam"])
+@pytest.mark.parametrize("name", LIKE_PARAMS)
 def test_tree_map_params_inside_partition(name):
     optimiser = PARTS["partition"](warm(name))
     specs = {"a": "spec of a", "k": "spec of k"}
@@ -743,7 +817,7 @@ def test_tree_map_params_inside_partition(name):
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     found = [leaf for leaf in jax.tree.leaves(mapped) if leaf != "other"]
-    assert found == ["spec of a"] * (1 if name == GAUSS_NEWTON else 3)
+    assert found == ["spec of a"] * LIKE_PARAMS[name]
 
 
 def test_tree_get():

@@ -51,6 +51,8 @@ OPTIMISERS = {
     ),
     "MultiSteps": lambda: optax.MultiSteps(newton(), 2).gradient_transformation(),
     "Lanczos": lambda: newton(solver=gnl.solvers.Lanczos(8), l2=0.01),
+    "Path": lambda: newton(solver=gnl.solvers.Lanczos(8), damping=gnl.damping.Path()),
+    "FirstOrder": lambda: newton(solver=gnl.solvers.FirstOrder(optax.adam(0.05), 3, warm_start=0.5), damping=0.0),
     "linearisation, adam": lambda: optax.chain(linearising(period=2), optax.adam(0.05)),
 }
 CASES = [(name, "float64") for name in OPTIMISERS]

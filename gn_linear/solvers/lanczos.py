@@ -16,6 +16,7 @@ from gn_linear._krylov import (
     is_shift,
     krylov_basis,
     parameter_space,
+    product_rounding,
     pulled_back,
     ritz_spectrum,
     sample_space,
@@ -125,7 +126,7 @@ class Lanczos(Solver):
         own = pulled_back(problem, start)
         rest = _tree.subtract(scaled, own)
         # What the incoming gradient holds beside this batch's own is often nothing but rounding.
-        rounding = 64 * jnp.finfo(size.dtype).eps * (_tree.norm(scaled) + _tree.norm(own))
+        rounding = 64 * product_rounding(problem) * (_tree.norm(scaled) + _tree.norm(own))
         rest = _tree.where(_tree.norm(rest) > rounding, rest, jax.tree.map(jnp.zeros_like, rest))
         moved = problem.linearisation.jvp(_tree.cast_like(rest, problem.params))
         moved = _tree.to_solve(problem.hessian.product(moved))

@@ -1,0 +1,263 @@
+r"""The empirical neural tangent kernel :math:`\Theta(x, x') = J(x) J(x')^T`, and its products with vectors."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gn_linear import _tree
+from gn_linear._capture import Factors, Structure, check_independent, factors, folded, gram, trace_structure
+from gn_linear._linearise import linearise
+from gn_linear._typing import Inputs, Outputs, Params, Predict, check_count, shown
+
+LARGEST = 2**25
+"""Entries of the factors of one block of examples, unless its size is given: 128 MiB in float32."""
+
+PROBED = 16
+"""How many examples are evaluated one by one, to see whether ``predict`` mixes them."""
+
+
+def empirical_ntk(
+    predict: Predict,
+    params: Params,
+    inputs: Inputs,
+    other_inputs: Inputs | None = None,
+    *,
+    trace: bool = False,
+    output: int | None = None,
+    mask: Any = None,
+    block_size: int | None = None,
+) -> jax.Array:
+    r"""The empirical neural tangent kernel, from the factors of each layer and without a Jacobian.
+
+    .. math:: \Theta_{ij,kl} = \langle \partial_\theta f_k(x_i), \partial_\theta f_l(x'_j) \rangle
+
+    Weights of matrix products and convolutions, and biases, are never differentiated example by example; other leaves
+    are, and :func:`structure_report` says which. The answer is the same. Examples go block by block; of the kernel of a
+    batch with itself, the blocks above the diagonal are computed and mirrored.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``; it treats every example by itself.
+        params: where the model is linearised.
+        inputs: n examples, a pytree of arrays whose leading axis is the example.
+        other_inputs: m examples; None means the same ones.
+        trace: whether to average over the outputs, :math:`\frac1c \sum_k \Theta_{ij,kk}`.
+        output: the number of the one output to take, in the order of ``ravel``; None takes all.
+        mask: the leaves that count: a pytree of booleans with the structure of ``params`` or a prefix of it, or a
+            function from ``params`` to one, as in ``optax.masked``; None means all.
+        block_size: how many examples are taken at once; by default as many as keep the factors below 2**25 numbers.
+
+    Returns:
+        The kernel, shape (n, m, c, c) with c outputs of an example (all leaves together), or (n, m) with ``trace`` or
+        ``output``; at least float32.
+
+    Raises:
+        TypeError: ``predict`` is not a function, a leaf is not a float array, ``block_size`` is not an int.
+        ValueError: ``predict`` mixes the examples of a batch (seen where values are known, so not inside ``jit``), the
+            leading axis of an input or output is not the example, ``output`` is out of range, ``mask`` has another
+            structure or leaves nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import gn_linear as gnl
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+        >>> predict = lambda p, x: x @ p["w"] + p["b"]
+        >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
+        >>> print(gnl.diagnostics.empirical_ntk(predict, params, x, trace=True))
+        [[2. 1. 2.]
+         [1. 5. 3.]
+         [2. 3. 3.]]
+
+    References:
+        Jacot, Gabriel and Hongler (2018), Neural tangent kernel; Novak, Sohl-Dickstein and Schoenholz (2022), Fast
+        finite width neural tangent kernel.
+    """
+    if not callable(predict):
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
+    if block_size is not None:
+        check_count(block_size, "block_size")
+    for batch in (inputs, other_inputs):
+        if batch is not None:
+            check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], batch))
+    model, chosen = _masked(predict, params, mask)
+    if output is not None:
+        model = _one_output(model, chosen, inputs, output)
+    structure = trace_structure(model, chosen, inputs)
+    summed = trace or output is not None
+    of = functools.partial(_factors, structure, chosen, summed)
+    size = block_size or _block_size(of, inputs)
+    kernel = _symmetric(of, inputs, size) if other_inputs is None else _rectangular(of, inputs, other_inputs, size)
+    if not summed:
+        return jnp.swapaxes(kernel, 1, 2)
+    outputs = 1 if output is not None else _outputs(model, chosen, inputs)
+    return kernel[:, 0, :, 0] / outputs
+
+
+def ntk_vector_product(
+    predict: Predict,
+    params: Params,
+    inputs: Inputs,
+    vector: Outputs,
+    other_inputs: Inputs | None = None,
+) -> Outputs:
+    r"""The product of the empirical neural tangent kernel with a vector, without the kernel.
+
+    .. math:: J(x) \, J(x')^T v
+
+    It costs one vector-Jacobian product on ``other_inputs`` and one Jacobian-vector product on ``inputs``.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``.
+        params: where the model is linearised.
+        inputs: n examples.
+        vector: like the outputs of ``other_inputs``.
+        other_inputs: m examples; None means the same ones.
+
+    Returns:
+        The product, like the outputs of ``inputs``.
+
+    Raises:
+        TypeError: ``predict`` is not a function, or a leaf is not a float array.
+        ValueError: ``vector`` differs from the outputs in structure or shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import gn_linear as gnl
+        >>> x = jnp.array([1.0, 2.0])
+        >>> print(gnl.diagnostics.ntk_vector_product(lambda p, x: p * x, jnp.array(3.0), x, jnp.array([1.0, 1.0])))
+        [3. 6.]
+
+    References:
+        Novak, Sohl-Dickstein and Schoenholz (2022), Fast finite width neural tangent kernel, section 3.
+    """
+    if not callable(predict):
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
+    _tree.check_float_leaves(params, "params")
+    left = linearise(predict, params, inputs)
+    right = left if other_inputs is None else linearise(predict, params, other_inputs)
+    _tree.check_same_shapes(vector, right.outputs, "vector", "the outputs of predict")
+    return left.jvp(right.vjp(_tree.cast_like(jax.tree.map(jnp.asarray, vector), right.outputs)))
+
+
+def _factors(structure: Structure, params: Params, summed: bool, inputs: Inputs) -> Factors:
+    found = factors(structure, params, inputs)
+    return folded(found) if summed else found
+
+
+def _symmetric(of: Callable[[Inputs], Factors], inputs: Inputs, size: int) -> jax.Array:
+    """The kernel of a batch with itself, (n, c, n, c), from the blocks on and above the diagonal."""
+    n = _examples(inputs)
+    if n <= size:
+        return gram(of(inputs))
+    blocks, count = _blocks(inputs, size)
+    shape = jax.eval_shape(lambda x: gram(of(x)), _at(blocks, 0))
+    c = shape.shape[1]
+
+    def row(i: Any, kernel: jax.Array) -> jax.Array:
+        ours = of(_at(blocks, i))
+
+        def column(j: Any, kernel: jax.Array) -> jax.Array:
+            block = gram(ours, of(_at(blocks, j)))
+            kernel = jax.lax.dynamic_update_slice(kernel, block, (i * size, 0, j * size, 0))
+            return jax.lax.dynamic_update_slice(kernel, block.transpose(2, 3, 0, 1), (j * size, 0, i * size, 0))
+
+        return jax.lax.fori_loop(i, count, column, kernel)
+
+    kernel = jax.lax.fori_loop(0, count, row, jnp.zeros((count * size, c, count * size, c), shape.dtype))
+    return kernel[:n, :, :n]
+
+
+def _rectangular(of: Callable[[Inputs], Factors], inputs: Inputs, others: Inputs, size: int) -> jax.Array:
+    """The kernel of two batches, (n, c, m, c), block by block."""
+    n, m = _examples(inputs), _examples(others)
+    if n <= size and m <= size:
+        return gram(of(inputs), of(others))
+    (rows, _), (columns, _) = _blocks(inputs, min(size, n)), _blocks(others, min(size, m))
+
+    def row(x: Inputs) -> jax.Array:
+        ours = of(x)
+        return jax.lax.map(lambda other: gram(ours, of(other)), columns)
+
+    kernel = jax.lax.map(row, rows).transpose(0, 2, 3, 1, 4, 5)  # (blocks, size, c, blocks, size, c)
+    c = kernel.shape[2]
+    return kernel.reshape(-1, c, kernel.shape[3] * kernel.shape[4], c)[:n, :, :m]
+
+
+def _blocks(inputs: Inputs, size: int) -> tuple[Inputs, int]:
+    """The batch as blocks of one size, the last one filled up with its last example."""
+    n = _examples(inputs)
+    count = math.ceil(n / size)
+
+    def cut(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        filled = jnp.take(x, jnp.minimum(jnp.arange(count * size), n - 1), axis=0)
+        return filled.reshape(count, size, *x.shape[1:])
+
+    return jax.tree.map(cut, inputs), count
+
+
+def _block_size(of: Callable[[Inputs], Factors], inputs: Inputs) -> int:
+    """As many examples as keep their factors below ``LARGEST`` numbers."""
+    one = jax.eval_shape(
+        of, jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), jnp.result_type(x)), inputs)
+    )
+    entries = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(one))
+    return max(1, min(_examples(inputs), LARGEST // max(entries, 1)))
+
+
+def _at(blocks: Inputs, index: Any) -> Inputs:
+    return jax.tree.map(lambda x: x[index], blocks)
+
+
+def _examples(inputs: Inputs) -> int:
+    return np.shape(jax.tree.leaves(inputs)[0])[0]
+
+
+def _outputs(predict: Predict, params: Params, inputs: Inputs) -> int:
+    shapes = jax.eval_shape(predict, params, inputs)
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(shapes))
+
+
+def _one_output(predict: Predict, params: Params, inputs: Inputs, output: int) -> Predict:
+    count = _outputs(predict, params, inputs)
+    if not isinstance(output, int) or isinstance(output, bool) or not 0 <= output < count:
+        raise ValueError(
+            f"output must be a number from 0 to {count - 1}, one of the {count} outputs, but is {output!r}."
+        )
+
+    def model(params: Params, inputs: Inputs) -> jax.Array:
+        rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(predict(params, inputs))]
+        ends = np.cumsum([row.shape[1] for row in rows])
+        place = int(np.searchsorted(ends, output, side="right"))
+        return rows[place][:, output - ends[place]]
+
+    return model
+
+
+def _masked(predict: Predict, params: Params, mask: Any) -> tuple[Predict, Params]:
+    """The model as a function of the leaves that count, and these leaves, by path."""
+    _tree.check_float_leaves(params, "params")
+    if mask is None:
+        return predict, params
+    flags = mask(params) if callable(mask) else mask
+    try:
+        spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: bool(flag), part), flags, params)
+    except ValueError as error:
+        differs = _tree.difference(flags, params, "mask", "params")
+        raise ValueError(f"mask must have the structure of params or a prefix of it, but {differs}.") from error
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    keep = jax.tree.leaves(spread)
+    chosen = {jax.tree_util.keystr(path): leaf for (path, leaf), kept in zip(paths, keep, strict=True) if kept}
+    if not chosen:
+        raise ValueError("mask leaves no parameter; at least one leaf must be True.")
+    structure = jax.tree.structure(params)
+
+    def model(chosen: Params, inputs: Inputs) -> Outputs:
+        whole = [chosen.get(jax.tree_util.keystr(path), leaf) for path, leaf in paths]
+        return predict(jax.tree.unflatten(structure, whole), inputs)
+
+    return model, chosen

@@ -1,0 +1,139 @@
+"""The empirical neural tangent kernel against dense Jacobians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import gn_linear as gnl
+from tests.support import assert_close
+
+N, M = 7, 5
+
+
+def attention(p, x):
+    q, k, v = (jnp.einsum("nti,io->nto", x, p[name]) for name in ("q", "k", "v"))
+    mixed = jax.nn.softmax(jnp.einsum("nto,nso->nts", q, k)) @ v
+    return {"a": (mixed * p["gain"]).sum(1), "b": jnp.tanh(mixed @ p["out"])[:, 0]}
+
+
+def perceptron(p, x):
+    return jnp.tanh(x.reshape(len(x), -1) @ p["w"] + p["b"]) @ p["v"]
+
+
+def make(seed, shapes):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+MODELS = {
+    "perceptron": (perceptron, make(0, {"w": (6, 4), "b": (4,), "v": (4, 3)})),
+    "attention": (attention, make(1, {"q": (2, 4), "k": (2, 4), "v": (2, 4), "gain": (4,), "out": (4, 2)})),
+}
+X = make(2, {"x": (N, 3, 2), "y": (M, 3, 2)})
+
+
+def dense(name, x, keep=None):
+    """(n, c, parameters) by reverse mode over the whole batch."""
+    predict, params = MODELS[name]
+    kept = {key: value for key, value in params.items() if keep is None or key in keep}
+    vector, unravel = ravel_pytree(kept)
+
+    def flat(v):
+        outputs = predict({**params, **unravel(v)}, x)
+        return jnp.concatenate([leaf.reshape(len(x), -1) for leaf in jax.tree.leaves(outputs)], axis=1)
+
+    return np.asarray(jax.jacrev(flat)(vector))
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 3, N])
+@pytest.mark.parametrize("name", MODELS)
+def test_kernel_is_that_of_the_jacobian(name, block_size):
+    predict, params = MODELS[name]
+    ntk = lambda *batches, **options: gnl.diagnostics.empirical_ntk(  # noqa: E731
+        predict, params, *batches, block_size=block_size, **options
+    )
+    j, k = dense(name, X["x"]), dense(name, X["y"])
+    size = j.shape[2]
+    for got, other in ((ntk(X["x"]), j), (ntk(X["x"], X["y"]), k)):
+        assert_close(got, np.einsum("icp,jdp->ijcd", j, other), size=size)
+    for got, other in ((ntk(X["x"], trace=True), j), (ntk(X["x"], X["y"], trace=True), k)):
+        assert_close(got, np.einsum("icp,jcp->ij", j, other) / j.shape[1], size=size)
+    assert_close(ntk(X["x"], X["y"], output=2), np.einsum("ip,jp->ij", j[:, 2], k[:, 2]), size=size)
+
+
+@pytest.mark.parametrize("keep", [{"w"}, {"b", "v"}])
+def test_mask_takes_the_leaves_that_count(keep):
+    predict, params = MODELS["perceptron"]
+    j = dense("perceptron", X["x"], keep)
+    want = np.einsum("icp,jcp->ij", j, j) / 3
+    flags = {name: name in keep for name in params}
+    for mask in (flags, lambda _: flags):
+        got = gnl.diagnostics.empirical_ntk(predict, params, X["x"], trace=True, mask=mask)
+        assert_close(got, want, size=j.shape[2])
+
+
+def test_mask_may_be_a_prefix():
+    predict, params = MODELS["perceptron"]
+
+    def nested(p, x):
+        return predict(p["net"], x) + p["shift"]
+
+    tree = {"net": params, "shift": jnp.zeros(3)}
+    got = gnl.diagnostics.empirical_ntk(nested, tree, X["x"], trace=True, mask={"net": True, "shift": False})
+    assert_close(got, gnl.diagnostics.empirical_ntk(predict, params, X["x"], trace=True), size=N)
+
+
+def test_under_jit_and_in_float32():
+    predict, params = MODELS["attention"]
+    exact = gnl.diagnostics.empirical_ntk(predict, params, X["x"], trace=True)
+    narrow, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, X["x"]))
+    got = jax.jit(lambda p, x: gnl.diagnostics.empirical_ntk(predict, p, x, trace=True, block_size=3))(narrow, x)
+    assert got.dtype == jnp.float32
+    assert_close(got, exact, size=40, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_product_is_that_of_the_kernel(name):
+    predict, params = MODELS[name]
+    vector = jax.tree.map(
+        lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape), predict(params, X["y"])
+    )
+    flat = np.concatenate([np.reshape(leaf, (M, -1)) for leaf in jax.tree.leaves(vector)], axis=1)
+    got = gnl.diagnostics.ntk_vector_product(predict, params, X["x"], vector, X["y"])
+    got = np.concatenate([np.reshape(leaf, (N, -1)) for leaf in jax.tree.leaves(got)], axis=1)
+    j, k = dense(name, X["x"]), dense(name, X["y"])
+    assert_close(got, np.einsum("icp,jdp,jd->ic", j, k, flat), size=j.shape[2] * flat.size)
+
+
+def test_report_names_what_falls_back():
+    predict, params = MODELS["attention"]
+    report = gnl.diagnostics.structure_report(predict, params, X["x"])
+    kinds = {leaf.path: leaf.kind for leaf in report.leaves}
+    assert kinds == {"['gain']": "gradient", **{f"['{name}']": "product" for name in ("k", "out", "q", "v")}}
+    assert not report.structured
+    assert str(report).splitlines()[0] == "['gain']  gradient  mul"
+    assert gnl.diagnostics.structure_report(*MODELS["perceptron"], X["x"]).structured
+
+
+def test_bad_input():
+    predict, params = MODELS["perceptron"]
+
+    def mixing(p, x):
+        return predict(p, x - x.mean(0))
+
+    ntk = gnl.diagnostics.empirical_ntk
+    for function in (ntk, gnl.diagnostics.structure_report):
+        with pytest.raises(ValueError, match="predict mixes the examples"):
+            function(mixing, params, X["x"])
+    with pytest.raises(ValueError, match="block_size"):
+        ntk(predict, params, X["x"], block_size=0)
+    with pytest.raises(ValueError, match="output must be a number from 0 to 2"):
+        ntk(predict, params, X["x"], output=3)
+    with pytest.raises(ValueError, match="mask must have the structure of params"):
+        ntk(predict, params, X["x"], mask={"w": True})
+    with pytest.raises(ValueError, match="mask leaves no parameter"):
+        ntk(predict, params, X["x"], mask=False)
+    with pytest.raises(ValueError, match="vector"):
+        gnl.diagnostics.ntk_vector_product(predict, params, X["x"], jnp.ones((N, 2)))

@@ -126,7 +126,7 @@ def trace_structure(predict: Predict, params: Params, inputs: Inputs) -> Structu
     """
     _tree.check_float_leaves(params, "params")
     if not jax.tree.leaves(params):
-        raise ValueError("params has no leaves, so there is no Jacobian.")
+        raise ValueError(f"params must have at least one float leaf, but is {_tree.described(params)}.")
     _check_batch(inputs)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), params)
     example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)), inputs)
@@ -187,7 +187,8 @@ def gram(factors: Factors, other: Factors | None = None) -> jax.Array:
     """
     other = factors if other is None else other
     if other.leaves != factors.leaves:
-        raise ValueError("factors and other must come from the same structure.")
+        ours, theirs = (_tree.few(leaf.path for leaf in side.leaves) for side in (factors, other))
+        raise ValueError(f"factors and other must come from one structure, but are of the leaves {ours} and {theirs}.")
     dtype = _tree.scalar_dtype((factors.cotangents, factors.activations))
     rows = zip(factors.activations, factors.cotangents, other.activations, other.cotangents, strict=True)
     terms = [_rows(b, d) if a is None else _product(a, b, c, d) for a, b, c, d in rows]

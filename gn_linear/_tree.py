@@ -312,11 +312,17 @@ def unflatten(vector: jax.Array, like: Params) -> Params:
     """A tree like ``like`` from the entries of a vector, leaf after leaf."""
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([np.size(leaf) for leaf in leaves])
-    parts = jnp.split(vector, ends[:-1])
+    parts = jnp.split(vector, ends[:-1]) if leaves else []
     return jax.tree.unflatten(
         structure,
         [part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=True)],
     )
+
+
+def flatten(tree: Params, dtype: Any) -> jax.Array:
+    """All entries in one vector of this dtype, leaf after leaf; ``unflatten`` is the way back."""
+    leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate([jnp.zeros([0], dtype), *leaves])
 
 
 def has_holes(tree: Params) -> bool:

@@ -40,6 +40,8 @@ SOLVERS: dict[str, gnl.solvers.Solver] = {
     "CG, Jacobi": gnl.solvers.CG(preconditioner=gnl.preconditioners.Jacobi()),
     "Lanczos": gnl.solvers.Lanczos(20),
     "FirstOrder": gnl.solvers.FirstOrder(optax.sgd(0.5), 10),
+    "Cholesky": gnl.solvers.Cholesky(),
+    "QR": gnl.solvers.QR(),
 }
 
 POLICIES: dict[str, Callable[["Run"], gnl.damping.Policy]] = {

@@ -167,3 +167,63 @@ def test_penalties():
 def test_penalty_out_of_range_is_named(l2, name):
     with pytest.raises(ValueError, match=rf"^{name} must be a finite number that is not negative"):
         curvature.check_l2(l2)
+
+
+# ---- the Jacobian as a matrix
+
+
+@pytest.mark.parametrize("name", ["softmax_labels", "two_heads", "decay", "affine"])
+def test_jacobian_is_the_dense_one(name):
+    problem, oracle = PROBLEMS[name], dense(name)
+
+    @jax.jit
+    def jacobian():
+        linear = curvature.linearised_problem(
+            problem.predict, problem.loss, problem.params, problem.inputs, targets=problem.targets
+        )
+        return linear.jacobian()
+
+    assert_close(jacobian(), oracle.jacobian, size=oracle.jacobian.size)
+
+
+NOISE = np.random.default_rng(9).normal(size=2)
+PATTERNS = np.random.default_rng(9).normal(size=(2, 3))
+
+
+def noisy(params, inputs):
+    return jnp.tanh(inputs[0] @ params) * jax.random.normal(inputs[1], (2,))
+
+
+TOGETHER = {
+    "no inputs": (None, lambda p, _: jnp.tanh(PATTERNS @ p)),
+    "a random key": ((PATTERNS, jax.random.key(0)), noisy),
+    "a random key as numbers": ((PATTERNS, np.asarray([0, 7], np.uint32)), noisy),
+    "leaves of several lengths": ([PATTERNS, PATTERNS[:1]], lambda p, x: jnp.tanh(x[0] @ p) + (x[1] @ p)[0]),
+    "a number": ((PATTERNS, 2.0), lambda p, x: jnp.tanh(x[0] @ p) * x[1]),
+    "outputs of another length": (PATTERNS, lambda p, x: jnp.tanh(x @ p)[:1]),
+    "a model for two examples": (PATTERNS, lambda p, x: jnp.tanh(x @ p) * NOISE),
+}
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_jacobian_of_examples_that_cannot_be_told_apart(kind):
+    inputs, predict = TOGETHER[kind]
+    params = jnp.asarray([0.3, -0.2, 0.5])
+    problem = curvature.linearised_problem(predict, gnl.losses.squared_error, params, inputs)
+    assert not curvature._by_example(predict, params, inputs, problem.linearisation.outputs)
+    assert_close(problem.jacobian(), jax.jacfwd(lambda p: predict(p, inputs))(params), size=6)
+
+
+def test_jacobian_costs_one_example_a_row():
+    """Each row is pulled back through one example, not through the batch: no value is as large as rows times batch."""
+    n, params = 64, jnp.ones(3)
+
+    def predict(p, x):
+        return jnp.tanh(x @ p)
+
+    def matrix(x):
+        return curvature.linearised_problem(predict, gnl.losses.squared_error, params, x).jacobian()
+
+    text = str(jax.make_jaxpr(matrix)(jnp.ones((n, 3))))
+    assert f"[{n},{n}]" not in text
+    assert f"[{n},1,3]" in text.replace(" ", "")

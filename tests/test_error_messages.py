@@ -25,6 +25,7 @@ import optax
 import pytest
 
 import gn_linear as gnl
+from gn_linear import _capture
 
 ROOT = Path(gnl.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "errors.txt"
@@ -593,6 +594,52 @@ def place_of(error: BaseException) -> str:
     assert own, f"raised outside of the package: {error!r}"
     file, line = Path(own[-1].filename).relative_to(ROOT.parent).as_posix(), own[-1].lineno
     return next((name for name, (f, first, last) in places().items() if f == file and first <= line <= last), "nowhere")
+
+
+# --- the neural tangent kernel ----------------------------------------------------------------------------------------
+
+
+def ntk(predict=linear, p=None, x=X, **options):
+    return gnl.diagnostics.empirical_ntk(predict, params() if p is None else p, x, **options)
+
+
+def centred(p, x):
+    return linear(p, x - jnp.mean(x, 0))
+
+
+for name, diagnose in (
+    ("empirical_ntk", gnl.diagnostics.empirical_ntk),
+    ("structure_report", gnl.diagnostics.structure_report),
+    ("ntk_vector_product", functools.partial(gnl.diagnostics.ntk_vector_product, vector=Y)),
+):
+    call(f"{name}/predict", "predict", "3", of=functools.partial(diagnose, 3, params(), X))
+call("empirical_ntk/output too large", "output", "4", "0", of=lambda: ntk(output=4))
+call("empirical_ntk/mask of another structure", "mask", "['b']", "missing", of=lambda: ntk(mask={"w": True}))
+call("empirical_ntk/mask of nothing", "mask", "no parameter", of=lambda: ntk(mask=False))
+call("empirical_ntk/block of nothing", "block_size", "0", of=lambda: ntk(block_size=0))
+call("empirical_ntk/no parameters", "params", "a dict without keys", of=lambda: ntk(lambda p, x: x[:, 0], {}))
+call("empirical_ntk/mixed examples", "predict", "its output", of=lambda: ntk(centred, x=X * jnp.arange(4.0)[:, None]))
+call("empirical_ntk/inputs of two lengths", "inputs", "4", "3", of=lambda: ntk(lambda p, x: x[0], x=(X, floats(3))))
+call(
+    "empirical_ntk/a scalar input",
+    "inputs",
+    "leaf [1]",
+    "scalar",
+    of=lambda: _capture.capture(linear, params(), (X, 1.0)),
+)
+call(
+    "capture/output without examples",
+    "the outputs of predict",
+    "shape ()",
+    of=lambda: _capture.capture(sum_of_outputs, params(), X),
+)
+call(
+    "gram/of two structures",
+    "factors and other",
+    "['w']",
+    "['v']",
+    of=lambda: _capture.gram(*(_capture.capture(lambda p, x: x @ sum(p.values()), {k: floats(3)}, X) for k in "wv")),
+)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from tests.support import assert_bit_equal, flat, tolerance
 ROWS = {fault.name: fault for fault in FAULTS}
 SQUARED = gnl.losses.squared_error
 # What they do next depends on this batch alone, so that a refused step leaves no trace in them.
-FORGETFUL_SOLVERS = {"CG", "CG, Jacobi", "FirstOrder"}
+FORGETFUL_SOLVERS = {"CG", "CG, Jacobi", "FirstOrder", "Cholesky", "QR"}
 FORGETFUL_POLICIES = {"Constant", "Schedule"}
 
 

@@ -2,7 +2,21 @@
 
 from gn_linear.solvers._interface import Result, Solver, Status
 from gn_linear.solvers.cg import CG, CGState
+from gn_linear.solvers.cholesky import Cholesky
 from gn_linear.solvers.first_order import FirstOrder, FirstOrderState
 from gn_linear.solvers.lanczos import Lanczos, LanczosState
+from gn_linear.solvers.qr import QR
 
-__all__ = ["CG", "CGState", "FirstOrder", "FirstOrderState", "Lanczos", "LanczosState", "Result", "Solver", "Status"]
+__all__ = [
+    "CG",
+    "CGState",
+    "Cholesky",
+    "FirstOrder",
+    "FirstOrderState",
+    "Lanczos",
+    "LanczosState",
+    "QR",
+    "Result",
+    "Solver",
+    "Status",
+]

@@ -52,8 +52,8 @@ ADVICE = {
     ),
     Refusal.SOLVER: (
         "the inner solver found no step; look for NaN or infinity in the derivative of the model and in "
-        "curvature_inputs, for a loss that is not convex in the outputs, and under a dense solver for a model that mixes "
-        "the examples of a batch"
+        "curvature_inputs, for a loss that is not convex in the outputs, and with a dense solver for a model that "
+        "mixes the examples of a batch"
     ),
     Refusal.STEP: "the step is not finite; a larger damping or parameters of a wider dtype may help",
     Refusal.TRIAL: (

@@ -187,7 +187,7 @@ def gram(factors: Factors, other: Factors | None = None) -> jax.Array:
     """
     other = factors if other is None else other
     if other.leaves != factors.leaves:
-        ours, theirs = (_tree.few(leaf.path for leaf in side.leaves) for side in (factors, other))
+        ours, theirs = (_tree.few(leaf.path or "the array" for leaf in side.leaves) for side in (factors, other))
         raise ValueError(f"factors and other must come from one structure, but are of the leaves {ours} and {theirs}.")
     dtype = _tree.scalar_dtype((factors.cotangents, factors.activations))
     rows = zip(factors.activations, factors.cotangents, other.activations, other.cotangents, strict=True)

@@ -23,8 +23,10 @@ class StructureReport(NamedTuple):
         return all(leaf.kind != "gradient" for leaf in self.leaves)
 
     def __str__(self) -> str:
-        width = max(len(leaf.path) for leaf in self.leaves)
-        return "\n".join(f"{leaf.path:{width}}  {leaf.kind:8}  {leaf.reason}".rstrip() for leaf in self.leaves)
+        paths = [leaf.path or "params" for leaf in self.leaves]
+        width = max(map(len, paths))
+        rows = zip(paths, self.leaves, strict=True)
+        return "\n".join(f"{path:{width}}  {leaf.kind:8}  {leaf.reason}".rstrip() for path, leaf in rows)
 
 
 def structure_report(predict: Predict, params: Params, inputs: Inputs) -> StructureReport:

@@ -190,6 +190,7 @@ def gram(factors: Factors, other: Factors | None = None) -> jax.Array:
         ours, theirs = (_tree.few(leaf.path or "the array" for leaf in side.leaves) for side in (factors, other))
         raise ValueError(f"factors and other must come from one structure, but are of the leaves {ours} and {theirs}.")
     dtype = _tree.scalar_dtype((factors.cotangents, factors.activations))
+    other = jax.tree.map(_tree.whole, other)
     rows = zip(factors.activations, factors.cotangents, other.activations, other.cotangents, strict=True)
     terms = [_rows(b, d) if a is None else _product(a, b, c, d) for a, b, c, d in rows]
     return functools.reduce(jnp.add, [term.astype(dtype) for term in terms])

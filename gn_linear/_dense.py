@@ -9,6 +9,9 @@ A factorisation gives a first solution, which loses as many digits as the damped
 (the identity of Woodbury in sample space: half as many again). The residual, computed in the form above, does not: it
 is small where the linearised outputs fit, and a few corrections with the same factor bring the accuracy of least
 squares. Nothing divides by :math:`B`, so saturated or outlying examples do no harm.
+
+In sample space the factor needs the Gram matrix :math:`J J^T` alone, which has a form without the Jacobian; products
+then go through the linearised model.
 """
 
 from collections.abc import Callable
@@ -35,27 +38,32 @@ class Equations(NamedTuple):
     """The equations of the step, for any damping.
 
     Attributes:
-        jacobian: ``J``, shape (N, k).
-        image: ``A = B^T J``, shape (N, k).
+        push: ``d -> J d``.
+        pull: ``v -> J^T v``.
         root: ``v -> B v``.
+        root_transpose: ``v -> B^T v``.
         gradient: ``u``, shape (N,).
         rest: ``r``, shape (k,).
         weights: the penalty of each unknown, shape (k,).
-        consistent: whether the Jacobian gives the gradient of the whole batch; not where the model mixes examples.
+        consistent: whether examples taken one by one give the derivatives of the batch; not where the model mixes them.
     """
 
-    jacobian: jax.Array
-    image: jax.Array
+    push: Operator
+    pull: Operator
     root: Operator
+    root_transpose: Operator
     gradient: jax.Array
     rest: jax.Array
     weights: jax.Array
     consistent: Flag
 
+    def image(self, step: jax.Array) -> jax.Array:
+        """``A d = B^T J d``."""
+        return self.root_transpose(self.push(step))
+
     def residual(self, step: jax.Array, damping: Scalar) -> jax.Array:
         """The gradient of the damped quadratic model at a step."""
-        outputs = self.gradient + self.root(times(self.image, step))
-        return times(self.jacobian.T, outputs) + self.rest + (self.weights + damping) * step
+        return self.pull(self.gradient + self.root(self.image(step))) + self.rest + (self.weights + damping) * step
 
     def solution(self, inverse: Operator, damping: Scalar) -> tuple[jax.Array, Flag]:
         """The step by an approximate inverse of the damped matrix, corrected.
@@ -78,39 +86,84 @@ class Equations(NamedTuple):
 
     @property
     def finite(self) -> Flag:
-        """Whether every entry is, and is the batch's."""
-        entries = (self.jacobian, self.image, self.gradient, self.rest, self.weights)
-        return self.consistent & _tree.all_finite(entries)
+        """Whether every number is, and is the batch's."""
+        return self.consistent & _tree.all_finite((self.gradient, self.rest, self.weights))
 
 
-def equations(problem: LinearisedProblem, rhs: Params) -> tuple[Equations, Scalar]:
-    """The equations in the space of the parameters, for a right-hand side scaled to a largest entry of 1.
+def by_jacobian(problem: LinearisedProblem, rhs: Params) -> tuple[Equations, Scalar, jax.Array]:
+    """The equations with a Jacobian in memory, for a right-hand side scaled to a largest entry of 1.
 
     Args:
         problem: the linearised problem.
         rhs: the gradient b, in the dtypes of the solve.
 
     Returns:
-        The equations, and what their solution must be multiplied by.
+        The equations, what their solution must be multiplied by, and ``J``, shape (N, k).
     """
+    jacobian = problem.jacobian()
+    pulled = _products(problem)[1]
+
+    def consistent(gradient: jax.Array) -> Flag:
+        own, size = times(jacobian.T, gradient), jnp.abs(jacobian.T) @ jnp.abs(gradient)
+        return _agree(problem, own, pulled(gradient), size)
+
+    push, pull = (lambda step: times(jacobian, step)), (lambda vector: times(jacobian.T, vector))
+    return *_equations(problem, rhs, push, pull, consistent), jacobian
+
+
+def by_gram(problem: LinearisedProblem, rhs: Params) -> tuple[Equations, Scalar, jax.Array]:
+    """The equations with a Gram matrix in memory, for a right-hand side scaled to a largest entry of 1.
+
+    Args:
+        problem: the linearised problem.
+        rhs: the gradient b, in the dtypes of the solve.
+
+    Returns:
+        The equations, what their solution must be multiplied by, and ``J J^T``, shape (N, N).
+    """
+    gram = problem.gram()
+    push, pull = _products(problem)
+
+    def consistent(gradient: jax.Array) -> Flag:
+        return _agree(problem, times(gram, gradient), push(pull(gradient)), jnp.abs(gram) @ jnp.abs(gradient))
+
+    return *_equations(problem, rhs, push, pull, consistent), gram
+
+
+def _equations(
+    problem: LinearisedProblem, rhs: Params, push: Operator, pull: Operator, consistent: Callable[[jax.Array], Flag]
+) -> tuple[Equations, Scalar]:
     largest = _tree.max_abs(rhs)
     dtype = largest.dtype
     size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
-    jacobian = problem.jacobian()
     gradient = _tree.flatten(problem.output_gradient, dtype) / size
     gradient = jnp.where(largest == 0, jnp.zeros_like(gradient), gradient)
-    scaled, own = _tree.flatten(rhs, dtype) / size, times(jacobian.T, gradient)
+    scaled, own = _tree.flatten(rhs, dtype) / size, pull(gradient)
     rest = scaled - own
-    pulled = _tree.flatten(problem.linearisation.vjp(problem.output_gradient), dtype) / size
-    # Half of the digits: rounding is far below, and what examples have to do with each other is not.
-    apart = _tree.norm(jnp.where(largest == 0, own, pulled) - own)
-    consistent = ~(apart > product_rounding(problem) ** 0.5 * _tree.norm(jnp.abs(jacobian.T) @ jnp.abs(gradient)))
     # What the incoming gradient holds beside this batch's own is often nothing but rounding.
     rounding = 64 * jnp.finfo(dtype).eps * (_tree.norm(scaled) + _tree.norm(own))
     rest = jnp.where(_tree.norm(rest) <= rounding, jnp.zeros_like(rest), rest)
-    root, root_transpose = roots(problem, dtype)
-    image = jax.vmap(root_transpose, in_axes=1, out_axes=1)(jacobian)
-    return Equations(jacobian, image, root, gradient, rest, _weights(problem, dtype), consistent), size
+    weights = _weights(problem, dtype)
+    return Equations(push, pull, *roots(problem, dtype), gradient, rest, weights, consistent(gradient)), size
+
+
+def _products(problem: LinearisedProblem) -> tuple[Operator, Operator]:
+    """Products with the Jacobian and its transpose on raveled parameters and outputs."""
+    linearisation, dtype = problem.linearisation, _tree.scalar_dtype(problem.params)
+
+    def push(step: jax.Array) -> jax.Array:
+        return _tree.flatten(linearisation.jvp(_tree.unflatten(step, problem.params)), dtype)
+
+    def pull(vector: jax.Array) -> jax.Array:
+        return _tree.flatten(linearisation.vjp(_tree.unflatten(vector, linearisation.outputs)), dtype)
+
+    return push, pull
+
+
+def _agree(problem: LinearisedProblem, alone: jax.Array, together: jax.Array, size: jax.Array) -> Flag:
+    """Whether two roads lead to one vector, which is a sum of terms of this size."""
+    # Half of the digits: rounding is far below, and what examples have to do with each other is not.
+    return ~(_tree.norm(together - alone) > product_rounding(problem) ** 0.5 * _tree.norm(size))
 
 
 def in_sample_space(problem: LinearisedProblem, in_outputs: bool | None) -> bool:

@@ -313,16 +313,29 @@ def unflatten(vector: jax.Array, like: Params) -> Params:
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([np.size(leaf) for leaf in leaves])
     parts = jnp.split(vector, ends[:-1]) if leaves else []
-    return jax.tree.unflatten(
-        structure,
-        [part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=True)],
-    )
+    shaped = [
+        part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, [_sharded_like(part, leaf) for part, leaf in zip(shaped, leaves, strict=True)])
 
 
 def flatten(tree: Params, dtype: Any) -> jax.Array:
     """All entries in one vector of this dtype, leaf after leaf; ``unflatten`` is the way back."""
-    leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    leaves = [jnp.ravel(whole(leaf)).astype(dtype) for leaf in jax.tree.leaves(tree)]
     return jnp.concatenate([jnp.zeros([0], dtype), *leaves])
+
+
+def whole(x: Any) -> Any:
+    """An array that is not divided among devices where shardings are explicit; elsewhere the compiler sees to it."""
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _explicit(x) else x
+
+
+def _sharded_like(x: jax.Array, like: Any) -> jax.Array:
+    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _explicit(like) else x
+
+
+def _explicit(x: Any) -> bool:
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def has_holes(tree: Params) -> bool:

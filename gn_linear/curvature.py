@@ -7,22 +7,17 @@ product. This is the only module that knows both :math:`J` and :math:`H`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from gn_linear import _tree
+from gn_linear import _jacobian, _tree
 from gn_linear._linearise import Linearisation, linearise
 from gn_linear._typing import Inputs, Params, Predict, Scalar, Targets, check_number
 from gn_linear.losses import Loss, OutputHessian
-
-ROWS_AT_ONCE = 32
-"""How many rows of a Jacobian are pulled back together where examples cannot be told apart."""
 
 
 class Reductions(NamedTuple):
@@ -132,28 +127,26 @@ class LinearisedProblem:
     def jacobian(self) -> jax.Array:
         r"""The Jacobian of all outputs by all parameters as a matrix, in the widest dtype of the solve.
 
-        Where every leaf of inputs and outputs has the same leading axis, that of the examples, each example's rows are
-        pulled back through that example alone, which takes the examples to be independent. Otherwise each row is a
-        pullback through the whole batch, which is always right and costs a factor of the number of examples.
+        Where every leading axis of the inputs is one of the outputs and the other way round, it counts examples, and
+        each example's rows are pulled back through that example alone, which takes the examples to be independent.
+        Otherwise each row is a pullback through the whole batch, which is always right and costs a factor of the
+        number of examples.
 
         Returns:
             Shape (outputs, parameters), rows and columns in the order of ``jax.tree.leaves``, raveled.
         """
-        dtype = _tree.scalar_dtype(self.params)
-        outputs = self.linearisation.outputs
-        if _by_example(self.predict, self.params, self.inputs, outputs):
-            blocks = jax.vmap(lambda x: _example_rows(self.predict, self.params, x, dtype))(self.inputs)
-            return jnp.concatenate([block.reshape(block.shape[0] * block.shape[1], block.shape[2]) for block in blocks])
-        ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(outputs)])
+        return _jacobian.jacobian(self.predict, self.params, self.inputs, self.linearisation)
 
-        def row(index: jax.Array) -> jax.Array:
-            parts = [
-                jax.nn.one_hot(index - (end - leaf.size), leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
-                for leaf, end in zip(jax.tree.leaves(outputs), ends, strict=True)
-            ]
-            return _tree.flatten(self.linearisation.vjp(jax.tree.unflatten(jax.tree.structure(outputs), parts)), dtype)
+    def gram(self) -> jax.Array:
+        r"""The Gram matrix :math:`J J^T` of the Jacobian's rows, the empirical neural tangent kernel as a matrix.
 
-        return jax.lax.map(row, jnp.arange(self.output_size), batch_size=min(ROWS_AT_ONCE, max(self.output_size, 1)))
+        Where all leaves of inputs and outputs have one leading axis, that of the examples, it comes from the factors
+        of each layer and no Jacobian is formed; otherwise from ``jacobian``.
+
+        Returns:
+            Shape (outputs, outputs), in the order of ``jax.tree.leaves``, raveled.
+        """
+        return _jacobian.gram(self.predict, self.params, self.inputs, self.linearisation)
 
     @property
     def sensitivity(self) -> Scalar:
@@ -242,39 +235,6 @@ def damping_unit(problem: LinearisedProblem, rhs: Params, scale: Scalar) -> Scal
     size = _tree.norm(rhs)
     guess = size * (size / problem.objective.astype(size.dtype))
     return jnp.where((scale > 0) | ~jnp.isfinite(guess), scale, jnp.maximum(guess, jnp.zeros_like(guess)))
-
-
-def _by_example(predict: Predict, params: Params, inputs: Inputs, outputs: Any) -> bool:
-    """Whether the model can be evaluated on one example at a time: known from shapes alone."""
-    leaves = jax.tree.leaves(inputs)
-    numbers = [hasattr(x, "shape") and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
-    if not leaves or not all(numbers):
-        return False
-    lengths = {np.shape(x)[:1] for x in [*leaves, *jax.tree.leaves(outputs)]}
-    if len(lengths) != 1 or lengths == {()} or lengths == {(0,)}:
-        return False
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), inputs)
-    try:
-        alone = jax.eval_shape(predict, params, one)
-    except (TypeError, ValueError, IndexError):  # such as for a random key cut in two
-        return False
-    expected = jax.tree.map(lambda x: (1, *x.shape[1:]), outputs)
-    return jax.tree.map(lambda x: x.shape, alone) == expected
-
-
-def _example_rows(predict: Predict, params: Params, example: Inputs, dtype: Any) -> list[jax.Array]:
-    """The rows of one example, (outputs, parameters) for each leaf of the outputs."""
-    outputs, pull = jax.vjp(lambda p: predict(p, jax.tree.map(lambda x: x[None], example)), params)
-    leaves, structure = jax.tree.flatten(outputs)
-
-    def pulled(index: int, unit: jax.Array) -> jax.Array:
-        parts = [unit.reshape(x.shape) if i == index else jnp.zeros_like(x) for i, x in enumerate(leaves)]
-        return _tree.flatten(pull(jax.tree.unflatten(structure, parts))[0], dtype)
-
-    return [
-        jax.vmap(functools.partial(pulled, index))(jnp.eye(leaf.size, dtype=leaf.dtype))
-        for index, leaf in enumerate(leaves)
-    ]
 
 
 def _raveled(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:

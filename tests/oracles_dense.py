@@ -149,11 +149,11 @@ def affine_problem(x, y, loss=gnl.losses.squared_error):
 
 
 @jax.jit
-def affine_solve(solver, x, y, damping, rhs=None, loss=gnl.losses.squared_error):
+def affine_solve(solver, x, y, damping, rhs=None, loss=gnl.losses.squared_error, state=()):
     """A solve, for the problem's own gradient if no right-hand side is given; compiled once for each shape."""
     problem = affine_problem(jnp.asarray(x), y, loss)
     own = problem.linearisation.vjp(problem.output_gradient)
-    return solver.solve(solver.prepare(problem, own if rhs is None else rhs, ()), damping)
+    return solver.solve(solver.prepare(problem, own if rhs is None else rhs, state), damping)
 
 
 def draw(seed, *shape):

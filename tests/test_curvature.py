@@ -2,14 +2,16 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
-from gn_linear import _tree, curvature
+from gn_linear import _jacobian, _tree, curvature
 from tests.support import PROBLEMS, assert_close, dense, flat, l2_diagonal, tolerance, unflatten_like
 
 PENALTIES = {
@@ -210,8 +212,83 @@ def test_jacobian_of_examples_that_cannot_be_told_apart(kind):
     inputs, predict = TOGETHER[kind]
     params = jnp.asarray([0.3, -0.2, 0.5])
     problem = curvature.linearised_problem(predict, gnl.losses.squared_error, params, inputs)
-    assert not curvature._by_example(predict, params, inputs, problem.linearisation.outputs)
-    assert_close(problem.jacobian(), jax.jacfwd(lambda p: predict(p, inputs))(params), size=6)
+    assert _jacobian._lengths(predict, params, inputs, problem.linearisation.outputs) is None
+    dense_jacobian = jax.jacfwd(lambda p: predict(p, inputs))(params)
+    assert_close(problem.jacobian(), dense_jacobian, size=6)
+    assert_close(problem.gram(), dense_jacobian @ dense_jacobian.T, size=6)
+
+
+@pytest.mark.parametrize("name", ["softmax_labels", "two_heads", "decay", "affine"])
+def test_gram_is_that_of_the_dense_jacobian(name):
+    problem, oracle = PROBLEMS[name], dense(name)
+
+    @jax.jit
+    def gram():
+        return curvature.linearised_problem(
+            problem.predict, problem.loss, problem.params, problem.inputs, targets=problem.targets
+        ).gram()
+
+    assert_close(gram(), oracle.jacobian @ oracle.jacobian.T, size=oracle.jacobian.size)
+
+
+def test_gram_needs_no_jacobian():
+    n, width = 24, 13
+
+    def predict(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    def matrix(p, x):
+        return curvature.linearised_problem(predict, gnl.losses.squared_error, p, x).gram()
+
+    params = {"w": jnp.ones((11, width)), "v": jnp.ones((width, 3))}
+    shapes = {aval.shape for aval in intermediate_shapes(jax.make_jaxpr(matrix)(params, jnp.ones((n, 11))))}
+    assert max(math.prod(shape) for shape in shapes) <= (3 * n) ** 2 < 3 * n * 11 * width
+
+
+def intermediate_shapes(jaxpr):
+    """Of every value, in inner functions too."""
+    for eqn in jaxpr.eqns:
+        yield from (var.aval for var in eqn.outvars)
+        for value in eqn.params.values():
+            if hasattr(value, "eqns"):
+                yield from intermediate_shapes(value)
+
+
+# ---- points of several kinds, as inside and on the boundary of a domain
+
+
+def heat(params, points):
+    """What is left of an equation inside, values on the boundary, and one number for each of the two together."""
+
+    def value(point):
+        return jnp.tanh(point @ params["w"] + params["b"]) @ params["v"]
+
+    inside = jax.vmap(lambda point: jnp.trace(jax.hessian(value)(point)))(points["inside"])
+    return {"boundary": jax.vmap(value)(points["boundary"])[:, None], "inside": inside}
+
+
+HEAT = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(2, 4))), "b": jnp.zeros(4), "v": jnp.ones(4)}
+POINTS = {
+    "inside": jnp.asarray(np.random.default_rng(4).normal(size=(6, 2))),
+    "boundary": jnp.asarray(np.random.default_rng(5).normal(size=(3, 2))),
+}
+
+
+def test_points_of_several_kinds_are_taken_one_by_one():
+    calls = []
+
+    def predict(params, points):
+        calls.append({name: len(part) for name, part in points.items()})
+        return heat(params, points)
+
+    problem = curvature.linearised_problem(predict, gnl.losses.squared_error, HEAT, POINTS)
+    calls.clear()
+    matrix, gram = problem.jacobian(), problem.gram()
+    assert all(counts == {"inside": 1, "boundary": 1} for counts in calls)
+    flat, unravel = ravel_pytree(HEAT)
+    expected = jax.jacfwd(lambda vector: ravel_pytree(heat(unravel(vector), POINTS))[0])(flat)
+    assert_close(matrix, expected, size=expected.size)
+    assert_close(gram, expected @ expected.T, size=expected.size)
 
 
 def test_jacobian_costs_one_example_a_row():

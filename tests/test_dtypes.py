@@ -36,6 +36,8 @@ NEWTON = {
     "warm": {"solver": CG(warm_start=0.95)},
     "lanczos": {"solver": LANCZOS(12, in_outputs=False)},
     "path": {"solver": LANCZOS(12, in_outputs=True), "damping": gnl.damping.Path(initial=1.0, minimum=0.5)},
+    "cholesky": {"solver": gnl.solvers.Cholesky(in_outputs=True, momentum=0.5)},
+    "qr": {"solver": gnl.solvers.QR(in_outputs=False)},
     "first order": {"solver": FIRST_ORDER(optax.sgd(RATE), STEPS), "damping": 0.0},
     "rmsprop": {"solver": RMSPROP, "damping": 0.0},
 }

@@ -52,6 +52,7 @@ OPTIMISERS = {
     "MultiSteps": lambda: optax.MultiSteps(newton(), 2).gradient_transformation(),
     "Lanczos": lambda: newton(solver=gnl.solvers.Lanczos(8), l2=0.01),
     "Path": lambda: newton(solver=gnl.solvers.Lanczos(8), damping=gnl.damping.Path()),
+    "Cholesky": lambda: newton(solver=gnl.solvers.Cholesky(momentum=0.9), learning_rate=0.5),
     "FirstOrder": lambda: newton(solver=gnl.solvers.FirstOrder(optax.adam(0.05), 3, warm_start=0.5), damping=0.0),
     "linearisation, adam": lambda: optax.chain(linearising(period=2), optax.adam(0.05)),
 }

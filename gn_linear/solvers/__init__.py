@@ -2,7 +2,7 @@
 
 from gn_linear.solvers._interface import Result, Solver, Status
 from gn_linear.solvers.cg import CG, CGState
-from gn_linear.solvers.cholesky import Cholesky
+from gn_linear.solvers.cholesky import Cholesky, CholeskyState
 from gn_linear.solvers.first_order import FirstOrder, FirstOrderState
 from gn_linear.solvers.lanczos import Lanczos, LanczosState
 from gn_linear.solvers.qr import QR
@@ -11,6 +11,7 @@ __all__ = [
     "CG",
     "CGState",
     "Cholesky",
+    "CholeskyState",
     "FirstOrder",
     "FirstOrderState",
     "Lanczos",

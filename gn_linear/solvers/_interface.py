@@ -52,12 +52,18 @@ class Solver:
     Attributes:
         cheap_again: whether ``solve`` costs next to nothing once prepared; a step that raises the objective is then
             solved again with more damping instead of being halved.
-        part_of_run: whether the state belongs to the run as the parameters do, such as a momentum, so that a refused
-            step leaves it as it was; otherwise it is what the solver has learnt, which a refusal does not undo.
     """
 
     cheap_again: ClassVar[bool] = False
-    part_of_run: ClassVar[bool] = False
+
+    @property
+    def part_of_run(self) -> bool:
+        """Whether the state belongs to the run as the parameters do, such as a momentum.
+
+        Then a refused step leaves it as it was; otherwise it is what the solver has learnt, which a refusal does not
+        undo.
+        """
+        return False
 
     @property
     def adaptable(self) -> bool:

@@ -8,10 +8,22 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
 from gn_linear import _tree
-from gn_linear._dense import ROUNDING, Equations, Operator, equations, in_sample_space, times
-from gn_linear._typing import Flag, Params, Scalar
+from gn_linear._dense import ROUNDING, Equations, Operator, by_gram, by_jacobian, in_sample_space, times
+from gn_linear._typing import Flag, Number, Params, Scalar, check_number, shown
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.solvers._interface import Result, Solver, Status
+
+
+class CholeskyState(NamedTuple):
+    """The last step taken, in units of which momentum is kept; there is none without momentum.
+
+    Attributes:
+        step: a pytree like the parameters in the dtypes of the solve.
+        damping: absolute, that it was solved with, shape ().
+    """
+
+    step: Params
+    damping: Scalar
 
 
 class _Prepared(NamedTuple):
@@ -21,6 +33,7 @@ class _Prepared(NamedTuple):
     size: Scalar
     finite: Flag
     in_outputs: bool
+    last: CholeskyState | None  # its step as one vector, scaled like the equations
 
 
 @_tree.register_dataclass
@@ -30,14 +43,16 @@ class Cholesky(Solver):
 
     .. math:: (G + \mu I) d = -b, \qquad G = A^T A + \lambda I, \quad A = B^T J, \quad H = B B^T
 
-    The Jacobian :math:`J` of all outputs by all parameters is formed once a step, example by example, so examples must
-    be independent of each other along the leading axis (no batch normalisation); a model that mixes them is noticed by
-    its gradient, and its steps are refused. A refused step is tried again with more damping at no more than another
-    factorisation. For N outputs in the batch and P parameters that is of
+    For N outputs in the batch and P parameters, the matrix is
 
-    - :math:`G + \mu I` (P x P) in the space of the parameters, or of
+    - :math:`G + \mu I` (P x P) in the space of the parameters, from the Jacobian :math:`J`, or
     - :math:`\mu I + A A^T` (N x N) in the space of the outputs, by the identity of Woodbury,
-      :math:`(A^T A + \mu I)^{-1} = (I - A^T (\mu I + A A^T)^{-1} A) / \mu`.
+      :math:`(A^T A + \mu I)^{-1} = (I - A^T (\mu I + A A^T)^{-1} A) / \mu`, from the Gram matrix :math:`J J^T`, which
+      the factors of each layer give without a Jacobian (:func:`gn_linear.diagnostics.structure_report`).
+
+    Both are formed once a step, example by example, so examples must be independent of each other along the leading
+    axis (no batch normalisation); a model that mixes them is noticed by its gradient, and its steps are refused. A
+    refused step is tried again with more damping at the cost of one more factorisation.
 
     Both lose digits at small damping, which is mended by three corrections whose residual is computed in the form of
     least squares. In double precision errors are a few times those of ``QR`` at most up to condition numbers
@@ -47,11 +62,26 @@ class Cholesky(Solver):
     problems of bad condition use ``QR``. A negative damping is solved for where :math:`G + \mu I` is positive
     definite, which it never is in the space of the outputs.
 
-    Memory: two matrices N x P, and the square one. ``info`` counts one inner step for each solve.
+    With ``momentum`` :math:`\beta` the step is drawn towards the last one, :math:`p`, which stands for the batches seen
+    before: a small batch, as of a physics-informed network, fixes few of the directions. It wants a ``learning_rate``
+    of about :math:`1 - \beta`; with whole steps it overshoots.
+
+    .. math:: \min_d \; \langle b, d \rangle + \tfrac12 d^T G d + \tfrac{\mu}{2} \|d - \beta p\|^2
+
+    The pull is no stronger than the damping with which :math:`p` was computed, so more damping still shortens the step,
+    and never so strong that it turns the gradient round.
+
+    Memory: in the space of the outputs the square matrix and the factors of each layer, in that of the parameters two
+    matrices N x P and the square one. ``info`` counts one inner step for each solve.
 
     Attributes:
         in_outputs: whether to factorise in the space of the outputs; None means wherever the matrix is smaller; a
             penalty ``l2`` that is no plain number needs the space of the parameters in any case; static.
+        momentum: :math:`\beta`, from 0 to 1, such as 0.9; None keeps no state.
+
+    Raises:
+        TypeError: ``in_outputs`` is no bool or ``momentum`` no number.
+        ValueError: ``momentum`` is negative or greater than 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -72,34 +102,61 @@ class Cholesky(Solver):
 
     References:
         Levenberg (1944), A method for the solution of certain non-linear problems in least squares; Woodbury (1950),
-        Inverting modified matrices; Higham (2002), Accuracy and stability of numerical algorithms, chapters 10 and 12.
+        Inverting modified matrices; Higham (2002), Accuracy and stability of numerical algorithms, chapters 10 and 12;
+        Goldshlager, Abrahamsen and Lin (2024), A Kaczmarz-inspired approach to accelerate the optimization of neural
+        network wavefunctions, for the momentum.
     """
 
     in_outputs: bool | None = dataclasses.field(default=None, metadata={"static": True})
+    momentum: Number | None = None
 
     cheap_again: ClassVar[bool] = True
 
-    def init(self, params: Params) -> tuple[()]:
-        """Nothing is carried from step to step."""
-        del params
-        return ()
+    def __post_init__(self) -> None:
+        check_in_outputs(self.in_outputs)
+        if self.momentum is not None:
+            number = check_number(self.momentum, "momentum", also=" and at most 1, or None")
+            if number is not None and number > 1:
+                raise ValueError(f"momentum must be at most 1, but is {shown(self.momentum)}.")
+
+    @property
+    def part_of_run(self) -> bool:
+        """Whether there is a momentum, which a refused step leaves as it was."""
+        return self.momentum is not None
+
+    def init(self, params: Params) -> CholeskyState | tuple[()]:
+        """No step yet; nothing at all without momentum."""
+        if self.momentum is None:
+            return ()
+        return CholeskyState(_tree.solve_zeros(params), jnp.zeros([], _tree.scalar_dtype(params)))
 
     def prepare(self, problem: LinearisedProblem, rhs: Params, state: Any) -> _Prepared:
-        """Form the Jacobian, and the matrix that each damping shifts."""
-        del state
-        system, size = equations(problem, rhs)
+        """Form the matrix that each damping shifts."""
         in_outputs = in_sample_space(problem, self.in_outputs)
-        left = system.image if in_outputs else system.image.T
-        matrix = times(left, left.T)
+        if in_outputs:
+            system, size, gram = by_gram(problem, rhs)
+            half = jax.vmap(system.root_transpose, in_axes=1, out_axes=1)(gram)
+            matrix = jax.vmap(system.root_transpose)(half)
+        else:
+            system, size, jacobian = by_jacobian(problem, rhs)
+            image = jax.vmap(system.root_transpose, in_axes=1, out_axes=1)(jacobian)
+            matrix = times(image.T, image)
         finite = system.finite & _tree.all_finite((matrix, rhs))
-        return _Prepared(problem.params, system, matrix, size, finite, in_outputs)
+        last = None
+        if self.momentum is not None:
+            last = CholeskyState(_tree.flatten(state.step, matrix.dtype) / size, state.damping)
+        return _Prepared(problem.params, system, matrix, size, finite, in_outputs, last)
 
     def solve(self, prepared: _Prepared, damping: Scalar) -> Result:
         """The step for one damping, by one factorisation."""
         mu = damping.astype(prepared.matrix.dtype)
+        if prepared.last is not None:
+            drawn = _drawn(prepared.equations, prepared.last, mu, jnp.asarray(self.momentum, mu.dtype))
+            prepared = prepared._replace(equations=drawn)
         inverse, definite = (_in_outputs if prepared.in_outputs else _in_parameters)(prepared, mu)
         step, solved = prepared.equations.solution(inverse, mu)
-        return result(prepared.params, prepared.size * step, prepared.finite & jnp.isfinite(mu), definite & solved)
+        found = result(prepared.params, prepared.size * step, prepared.finite & jnp.isfinite(mu), definite & solved)
+        return found if prepared.last is None else found._replace(state=CholeskyState(found.step, mu))
 
 
 def result(params: Params, step: jax.Array, finite: Flag, definite: Flag) -> Result:
@@ -122,6 +179,24 @@ def result(params: Params, step: jax.Array, finite: Flag, definite: Flag) -> Res
     return Result(tree, (), solved.astype(jnp.int32), status)
 
 
+def check_in_outputs(in_outputs: Any) -> None:
+    """Raise unless the choice of a space is one."""
+    if in_outputs is not None and not isinstance(in_outputs, bool):
+        raise TypeError(
+            "in_outputs must be True, False, or None for the smaller of the two spaces, since it sets the size of "
+            f"arrays, but is {shown(in_outputs)}."
+        )
+
+
+def _drawn(system: Equations, last: CholeskyState, damping: Scalar, momentum: Scalar) -> Equations:
+    """The equations of a step that is drawn towards the last one."""
+    strength = momentum * jnp.maximum(jnp.minimum(damping, last.damping.astype(damping.dtype)), 0.0)
+    gradient = system.pull(system.gradient) + system.rest
+    against, largest = jnp.vdot(gradient, last.step), 0.5 * jnp.vdot(gradient, gradient)
+    pull = jnp.where(strength * against > largest, largest / against, strength)
+    return system._replace(rest=system.rest - pull * last.step)
+
+
 def _in_parameters(prepared: _Prepared, damping: Scalar) -> tuple[Operator, Flag]:
     matrix, system = prepared.matrix, prepared.equations
     shift = _raised(system.weights + damping, matrix)
@@ -132,13 +207,13 @@ def _in_parameters(prepared: _Prepared, damping: Scalar) -> tuple[Operator, Flag
 
 
 def _in_outputs(prepared: _Prepared, damping: Scalar) -> tuple[Operator, Flag]:
-    matrix, image = prepared.matrix, prepared.equations.image
-    shift = _raised(jnp.max(prepared.equations.weights, initial=0.0) + damping, matrix)
+    matrix, system = prepared.matrix, prepared.equations
+    shift = _raised(jnp.max(system.weights, initial=0.0) + damping, matrix)
     lower = jnp.linalg.cholesky(matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype))
 
     def inverse(vector: jax.Array) -> jax.Array:
-        seen = cho_solve((lower, True), times(image, vector))
-        return (vector - times(image.T, seen)) / shift
+        seen = cho_solve((lower, True), system.image(vector))
+        return (vector - system.pull(system.root(seen))) / shift
 
     return inverse, _tree.all_finite(lower) & (shift > 0)
 

@@ -8,7 +8,7 @@ What differs from a run of the optimiser:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,8 +153,6 @@ class FirstOrder(Solver):
     proximal: Number = 0.0
     line_search: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    part_of_run: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not isinstance(self.optimiser, optax.GradientTransformation):
             raise TypeError(
@@ -164,6 +162,11 @@ class FirstOrder(Solver):
         if self.warm_start is not None:
             check_number(self.warm_start, "warm_start")
         check_number(self.proximal, "proximal")
+
+    @property
+    def part_of_run(self) -> bool:
+        """The inner optimiser's state is."""
+        return True
 
     @property
     def batches(self) -> int | None:

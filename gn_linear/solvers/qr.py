@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from gn_linear import _tree
-from gn_linear._dense import ROUNDING, Equations, Operator, equations, in_sample_space, times
+from gn_linear._dense import ROUNDING, Equations, Operator, by_jacobian, in_sample_space, times
 from gn_linear._typing import Flag, Params, Scalar
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.solvers._interface import Result, Solver
-from gn_linear.solvers.cholesky import result
+from gn_linear.solvers.cholesky import check_in_outputs, result
 
 
 class _Prepared(NamedTuple):
@@ -51,6 +51,9 @@ class QR(Solver):
         in_outputs: whether to reduce the problem to the size of the outputs; None means wherever that is smaller; a
             penalty ``l2`` that is no plain number prevents it in any case; static.
 
+    Raises:
+        TypeError: ``in_outputs`` is no bool.
+
     Example:
         >>> import jax, jax.numpy as jnp, optax
         >>> import gn_linear as gnl
@@ -78,6 +81,9 @@ class QR(Solver):
 
     cheap_again: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_in_outputs(self.in_outputs)
+
     def init(self, params: Params) -> tuple[()]:
         """Nothing is carried from step to step."""
         del params
@@ -86,22 +92,23 @@ class QR(Solver):
     def prepare(self, problem: LinearisedProblem, rhs: Params, state: Any) -> _Prepared:
         """Form the Jacobian, and factorise what does not depend on the damping."""
         del state
-        system, size = equations(problem, rhs)
-        finite = system.finite & _tree.all_finite(rhs)
+        system, size, jacobian = by_jacobian(problem, rhs)
+        finite = system.finite & _tree.all_finite((jacobian, rhs))
         if not in_sample_space(problem, self.in_outputs):
-            triangle = jnp.linalg.qr(system.image, mode="r")
-            return _Prepared(problem.params, system, triangle, None, size, finite)
-        basis, upper = jnp.linalg.qr(system.jacobian.T)
+            image = jax.vmap(system.root_transpose, in_axes=1, out_axes=1)(jacobian)
+            return _Prepared(problem.params, system, jnp.linalg.qr(image, mode="r"), None, size, finite)
+        basis, upper = jnp.linalg.qr(jacobian.T)
         inside = times(basis.T, system.rest)
         reduced = system._replace(
-            jacobian=upper.T,
-            image=times(system.image, basis),
+            push=lambda step: times(upper.T, step),
+            pull=lambda vector: times(upper, vector),
             rest=inside,
             weights=system.weights[: inside.size],
         )
+        image = jax.vmap(system.root_transpose, in_axes=1, out_axes=1)(upper.T)
         # A square basis leaves nothing outside but rounding, which would be divided by the damping.
         outside = system.rest - times(basis, inside) if len(basis) > inside.size else jnp.zeros_like(system.rest)
-        return _Prepared(problem.params, reduced, reduced.image, (basis, outside), size, finite)
+        return _Prepared(problem.params, reduced, image, (basis, outside), size, finite)
 
     def solve(self, prepared: _Prepared, damping: Scalar) -> Result:
         """The step for one damping, by one factorisation."""

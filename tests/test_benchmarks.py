@@ -202,3 +202,40 @@ def test_periods_measures_one_small_problem(monkeypatch):
     assert "by the basis, float32, rank 8, to 10" in printed
     assert "float64, rank 8" in printed
     assert suite.figure(rows).axes
+
+
+def test_ntk_methods_agree_and_goals_are_named(monkeypatch):
+    suite = suites.load("ntk")
+    monkeypatch.setattr(suite, "SHALLOW", (2, 4, 3))
+    small, _, _, convolutional = suite.cases(quick=True)
+    small, convolutional = (case._replace(inputs=case.inputs[:4]) for case in (small, convolutional))
+    measured = [suite.measure(case, seed) for case, seed in ((small, 0), (small, 1), (convolutional, 0))]
+    results = record.plain({name: [row for found in measured for row in found[name]] for name in measured[0]})
+    kernels = results["kernels"]
+    assert all(row["difference"] < 1e-5 for row in kernels)
+    exact = [row["structured_error"] for row in kernels] + [row["jacobian_error"] for row in kernels]
+    assert [error < 1e-6 for error in exact if error is not None] == [True] * 8
+    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in results["runs"])
+    for row in kernels:
+        row["speedup"], row["memory_ratio"] = (9.0, 1.5) if row["network"] == small.name else (2.0, 0.5)
+    printed = suite.table(results)
+    assert "9.0 times faster (goal 10: MISSED), memory 1.5 of the Jacobian's (goal below 1: MISSED)" in printed
+    assert "2.0 times faster, memory 0.5 of the Jacobian's (goal below 1: reached)" in printed
+    assert suite.figure(results).axes
+
+
+def test_ntk_methods_take_turns_and_slow_ones_fewer():
+    suite = suites.load("ntk")
+    taken = []
+
+    def recording(key):
+        return suite.Compiled(lambda: taken.append(key), 0.0, 0)
+
+    keys = [(outputs, method) for outputs in ("each", "averaged") for method in suite.METHODS]
+    case = suite.Case("any", None, None, None, {"structured": 4, "Jacobian": 1})
+    seconds, _ = suite.take_turns(case, {key: recording(key) for key in keys})
+    assert [len(seconds[key]) for key in keys] == [4, 1, 4, 1]
+    warm, first, second, third = taken[:2], taken[2:4], taken[4:6], taken[6:10]
+    assert warm == first == [keys[0], keys[2]]
+    assert second == [keys[2], keys[0]]
+    assert third == [keys[2], keys[3], keys[0], keys[1]]

@@ -15,11 +15,11 @@ import optax
 
 from gn_linear import _tree
 from gn_linear._batch import MISSING, check_keywords, check_state, checked_params, whole_model
-from gn_linear._linearise import linearise
+from gn_linear._linearise import displacement, linearise, missed_share
 from gn_linear._typing import Count, Flag, Params, Predict, Scalar, shown
 from gn_linear.curvature import check_l2, fit_l2, l2_times
 from gn_linear.losses import Loss, from_convex
-from gn_linear.periods import Context, Rule, as_rule, ask, check_steps, difference, every, linearisation_error
+from gn_linear.periods import Context, Rule, as_rule, ask, check_steps, every
 
 
 class LinearisationInfo(NamedTuple):
@@ -29,8 +29,8 @@ class LinearisationInfo(NamedTuple):
         feature_updates: re-linearisations so far, the first step included.
         age: steps since the last one; 0 right after it.
         linearisation_error: at the end of the last block of two steps or more, on the batch that followed it,
-            :math:`\|f(\theta) - f_\mathrm{lin}(\theta)\| / \|f(\theta) - f(\theta_s)\|`; NaN before there is one,
-            or where the outputs did not move.
+            :math:`\|f(\theta) - f_\mathrm{lin}(\theta)\| / \|f(\theta) - f(\theta_s)\|`, as
+            ``gn_linear.diagnostics.linearisation_error`` defines it; NaN before there is one.
     """
 
     feature_updates: Count
@@ -158,7 +158,7 @@ class _IterativeLinearisation:
         model = whole_model(self.predict, params, full_params)
 
         def measured() -> Scalar:
-            error = linearisation_error(model, params, state.anchor, inputs)
+            error = missed_share(model, state.anchor, params, inputs)
             return error.astype(state.info.linearisation_error.dtype)
 
         info = state.info
@@ -175,7 +175,7 @@ class _IterativeLinearisation:
             anchor = _tree.where(relinearise, params, state.anchor)
             error = jax.lax.cond(relinearise & (info.age > 0), measured, lambda: info.linearisation_error)
             linear = linearise(model, anchor, inputs)
-            outputs = jax.tree.map(jnp.add, linear.outputs, linear.jvp(difference(params, anchor)))
+            outputs = jax.tree.map(jnp.add, linear.outputs, linear.jvp(displacement(anchor, params)))
         gradient = linear.vjp(self.loss.gradient(outputs, targets))
         return _with_penalty(gradient, fit_l2(self.l2, params), params), IterativeLinearisationState(
             jnp.asarray(optax.safe_increment(state.count)), anchor, _progress(info, relinearise, error)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gn_linear import _tree
-from gn_linear._typing import Inputs, Outputs, Params, Predict
+from gn_linear._typing import Inputs, Outputs, Params, Predict, Scalar
 from gn_linear._xla_cpu import fence, with_plain_convolutions
 
 
@@ -108,12 +108,40 @@ def linearised(predict: Predict, anchor: Params) -> Predict:
         _tree.check_float_leaves(params, "params")
         _tree.check_same_shapes(params, anchor, "params", "anchor")
         primal = jax.tree.map(jnp.asarray, anchor)
-        tangent = jax.tree.map(lambda p, a: jnp.asarray(p).astype(a.dtype) - a, params, primal)
-        outputs, change = jax.jvp(lambda p: predict(p, inputs), (primal,), (tangent,))
+        outputs, change = jax.jvp(lambda p: predict(p, inputs), (primal,), (displacement(primal, params),))
         _check_outputs(outputs)
         return jax.tree.map(jnp.add, outputs, change)
 
     return predict_lin
+
+
+def displacement(anchor: Params, params: Params) -> Params:
+    """How far the parameters are from the anchor, in its dtypes."""
+    return jax.tree.map(lambda a, p: jnp.asarray(p).astype(a.dtype) - a, anchor, params)
+
+
+def missed_share(predict: Predict, anchor: Params, params: Params, inputs: Inputs) -> Scalar:
+    """The share of the outputs' motion that the linearised model misses.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``.
+        anchor: where it is linearised, a pytree of arrays.
+        params: where the parameters are.
+        inputs: one batch.
+
+    Returns:
+        The share, shape (): 0 where neither model moved, the largest number of its dtype where the linearised model
+        alone did, NaN or infinite only where outputs are.
+    """
+    start, change = jax.jvp(lambda p: fence(predict(p, inputs)), (anchor,), (displacement(anchor, params),))
+    _check_outputs(start)
+    moved = _tree.subtract(_tree.to_solve(fence(predict(params, inputs))), _tree.to_solve(start))
+    motion, missed = _tree.norm(moved), _tree.norm(_tree.subtract(moved, _tree.to_solve(change)))
+    largest = jnp.asarray(jnp.finfo(missed.dtype).max, missed.dtype)
+    share = missed / jnp.where(motion == 0, jnp.ones_like(motion), motion)
+    share_of_nothing = jnp.where(missed == 0, jnp.zeros_like(missed), largest)
+    bounded = jnp.minimum(jnp.where(motion == 0, share_of_nothing, share), largest)
+    return jnp.where(jnp.isfinite(missed), bounded, share)
 
 
 def over_batches(predict: Predict) -> Predict:

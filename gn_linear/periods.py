@@ -31,9 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gn_linear import _tree
-from gn_linear._linearise import linearise
+from gn_linear._linearise import linearise, missed_share
 from gn_linear._typing import Count, Flag, Inputs, Number, Params, Predict, Scalar, check_count, check_number, shown
-from gn_linear._xla_cpu import fence
 
 __all__ = [
     "Context",
@@ -259,8 +258,9 @@ class when_linearisation_error(Rule):
         \frac{\|f(\theta_t) - f_\mathrm{lin}(\theta_t)\|}{\|f(\theta_t) - f(\theta_s)\|} > \text{bound}, \qquad
         f_\mathrm{lin}(\theta_t) = f(\theta_s) + J(\theta_s) (\theta_t - \theta_s)
 
-    It costs a forward pass and a Jacobian-vector product more at every step. Where the outputs did not move, or are not
-    finite, the error is NaN and the anchor stays.
+    It costs a forward pass and a Jacobian-vector product more at every step. The error is that of
+    ``gn_linear.diagnostics.linearisation_error``: 0 where nothing moved, and NaN where the outputs are not finite; the
+    anchor stays then.
 
     Attributes:
         bound: of the error, not negative, may be traced; 1 is what a model that does
@@ -287,7 +287,7 @@ class when_linearisation_error(Rule):
 
     def __call__(self, context: Context) -> Flag:
         """By the error at this step."""
-        error = linearisation_error(context.predict, context.params, context.anchor, context.inputs)
+        error = missed_share(context.predict, context.anchor, context.params, context.inputs)
         return error > jnp.asarray(self.bound, error.dtype)
 
 
@@ -444,28 +444,6 @@ def check_steps(value: Any, argument: str, *, minimum: int = 1, also: str = "", 
 
 def _is_integral(value: Any) -> bool:
     return isinstance(value, int) or jnp.issubdtype(value.dtype, jnp.integer)
-
-
-def difference(params: Params, anchor: Params) -> Params:
-    """How far the parameters are from the anchor, in its dtypes."""
-    return jax.tree.map(lambda p, a: jnp.asarray(p).astype(a.dtype) - a, params, anchor)
-
-
-def linearisation_error(model: Predict, params: Params, anchor: Params, inputs: Inputs) -> Scalar:
-    """The share of the outputs' motion that the linearised model misses; NaN if they did not move.
-
-    Args:
-        model: ``model(params, inputs) -> outputs``.
-        params: where the parameters are.
-        anchor: where the model is linearised.
-        inputs: one batch.
-
-    Returns:
-        The share, shape ().
-    """
-    start, change = jax.jvp(lambda p: fence(model(p, inputs)), (anchor,), (difference(params, anchor),))
-    motion = _tree.subtract(_tree.to_solve(fence(model(params, inputs))), _tree.to_solve(start))
-    return _tree.norm(_tree.subtract(motion, _tree.to_solve(change))) / _tree.norm(motion)
 
 
 def kernel_distance(model: Predict, params: Params, anchor: Params, inputs: Inputs, probes: int) -> Scalar:

@@ -508,7 +508,7 @@ def test_parameters_without_entries(which, name):
     assert state.count == 3
     if which in PERIODS:
         assert state.info.feature_updates == 3 // PERIODS[which]
-        assert np.isnan(state.info.linearisation_error)  # the outputs did not move
+        assert np.isnan(state.info.linearisation_error)  # no block of two steps is over
         assert_bit_equal(state.anchor, params)
         return
     info = state.info

@@ -645,6 +645,36 @@ call(
 )
 
 
+# --- other diagnostics ------------------------------------------------------------------------------------------------
+
+
+def spectrum(predict=linear, p=None, **options):
+    p = params() if p is None else p
+    return gnl.diagnostics.spectrum(predict, p, X, **{"rank": 2, "key": jax.random.key(0), **options})
+
+
+call("spectrum/predict", "predict", "3", of=lambda: spectrum(3))
+call("spectrum/no parameters", "params", "a dict without keys", of=lambda: spectrum(lambda p, x: x[:, 0], {}))
+call(
+    "largest_stable_learning_rate/no spectrum",
+    "spectrum",
+    "float32 array of shape (4,)",
+    of=lambda: gnl.diagnostics.largest_stable_learning_rate(Y),
+)
+call(
+    "largest_stable_learning_rate/certain failure",
+    "failure",
+    "1.5",
+    of=lambda: gnl.diagnostics.largest_stable_learning_rate(spectrum(), failure=1.5),
+)
+call(
+    "linearisation_error/predict",
+    "predict",
+    "3",
+    of=lambda: gnl.diagnostics.linearisation_error(3, params(), params(), X),
+)
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

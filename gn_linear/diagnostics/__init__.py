@@ -1,6 +1,29 @@
-"""What is measured of a network at its parameters: the empirical neural tangent kernel, and what it is made of."""
+"""What is measured of a network at its parameters: its empirical neural tangent kernel, its curvature, its motion."""
 
+from gn_linear.diagnostics.linearisation import ParameterMotion, linearisation_error, parameter_motion
 from gn_linear.diagnostics.ntk import empirical_ntk, ntk_vector_product
+from gn_linear.diagnostics.spectra import (
+    Spectrum,
+    StableLearningRate,
+    as_linear_operator,
+    largest_stable_learning_rate,
+    ntk_as_linear_operator,
+    spectrum,
+)
 from gn_linear.diagnostics.structure import StructureReport, structure_report
 
-__all__ = ["StructureReport", "empirical_ntk", "ntk_vector_product", "structure_report"]
+__all__ = [
+    "ParameterMotion",
+    "Spectrum",
+    "StableLearningRate",
+    "StructureReport",
+    "as_linear_operator",
+    "empirical_ntk",
+    "largest_stable_learning_rate",
+    "linearisation_error",
+    "ntk_as_linear_operator",
+    "ntk_vector_product",
+    "parameter_motion",
+    "spectrum",
+    "structure_report",
+]

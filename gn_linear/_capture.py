@@ -8,6 +8,7 @@ batch is never guessed.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -190,8 +191,8 @@ def gram(factors: Factors, other: Factors | None = None) -> jax.Array:
         ours, theirs = (_tree.few(leaf.path or "the array" for leaf in side.leaves) for side in (factors, other))
         raise ValueError(f"factors and other must come from one structure, but are of the leaves {ours} and {theirs}.")
     dtype = _tree.scalar_dtype((factors.cotangents, factors.activations))
-    other = jax.tree.map(_tree.whole, other)
-    rows = zip(factors.activations, factors.cotangents, other.activations, other.cotangents, strict=True)
+    activations, cotangents = jax.tree.map(_tree.whole, (other.activations, other.cotangents))
+    rows = zip(factors.activations, factors.cotangents, activations, cotangents, strict=True)
     terms = [_rows(b, d) if a is None else _product(a, b, c, d) for a, b, c, d in rows]
     return functools.reduce(jnp.add, [term.astype(dtype) for term in terms])
 
@@ -211,6 +212,21 @@ def folded(factors: Factors) -> Factors:
         return rows.reshape(b.shape[0], 1, *rows.shape[1:-2], -1)
 
     return dataclasses.replace(factors, cotangents=tuple(map(one, factors.cotangents)))
+
+
+def numbers_computed(predict: Predict, params: Params, inputs: Inputs) -> int:
+    """How many numbers one evaluation computes, of which reverse mode keeps no more than a few times as many.
+
+    Args:
+        predict: the model.
+        params: the parameters, or their shapes and dtypes.
+        inputs: a batch, or its shapes and dtypes; the examples need not be independent.
+
+    Returns:
+        The sum of the sizes of all arrays on the way to the outputs.
+    """
+    program = flattened(jax.make_jaxpr(predict)(params, inputs))
+    return sum(math.prod(getattr(var.aval, "shape", ())) for step in program.steps for var in step.eqn.outvars)
 
 
 def check_independent(predict: Predict, params: Params, inputs: Inputs) -> None:

@@ -1,5 +1,7 @@
 """The empirical neural tangent kernel against dense Jacobians."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
+from gn_linear import _capture
+from gn_linear.diagnostics import ntk as ntk_module
 from tests.support import assert_close
 
 N, M = 7, 5
@@ -94,17 +98,52 @@ def test_under_jit_and_in_float32():
     assert_close(got, exact, size=40, dtype=jnp.float32)
 
 
+@pytest.mark.parametrize("block_size", [None, 1, 3, N, "bounded"])
 @pytest.mark.parametrize("name", MODELS)
-def test_product_is_that_of_the_kernel(name):
+def test_product_is_that_of_the_kernel(name, block_size, monkeypatch):
     predict, params = MODELS[name]
+    if block_size == "bounded":
+        one = _capture.numbers_computed(predict, params, X["x"][:1])
+        monkeypatch.setattr(ntk_module, "LARGEST", 2 * one)
+        block_size = None
     vector = jax.tree.map(
         lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape), predict(params, X["y"])
     )
     flat = np.concatenate([np.reshape(leaf, (M, -1)) for leaf in jax.tree.leaves(vector)], axis=1)
-    got = gnl.diagnostics.ntk_vector_product(predict, params, X["x"], vector, X["y"])
+    got = gnl.diagnostics.ntk_vector_product(predict, params, X["x"], vector, X["y"], block_size=block_size)
     got = np.concatenate([np.reshape(leaf, (N, -1)) for leaf in jax.tree.leaves(got)], axis=1)
     j, k = dense(name, X["x"]), dense(name, X["y"])
     assert_close(got, np.einsum("icp,jdp,jd->ic", j, k, flat), size=j.shape[2] * flat.size)
+
+
+def test_product_of_a_large_batch_needs_the_memory_of_a_block(monkeypatch):
+    """By default, once one evaluation computes more than the limit."""
+    predict, params = MODELS["perceptron"]
+    monkeypatch.setattr(ntk_module, "LARGEST", 3000)
+
+    def temporary(n):
+        x, v = jnp.ones((n, 3, 2)), jnp.ones((n, 3))
+        compiled = jax.jit(functools.partial(gnl.diagnostics.ntk_vector_product, predict, params)).lower(x, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # The inputs and the vector are cut into blocks, which may copy them; what is computed from them is not kept.
+    assert temporary(3200) - temporary(1600) <= 1600 * 8 * 2 * (6 + 3)
+
+
+def test_product_of_a_model_that_mixes_examples():
+    """In one piece it is that of the whole batch; in blocks it is refused."""
+    predict, params = MODELS["perceptron"]
+
+    def centred(p, x):
+        return predict(p, x - x.mean(0))
+
+    vector = jnp.ones((N, 3))
+    _, pull = jax.vjp(lambda p: centred(p, X["x"]), params)
+    _, expected = jax.jvp(lambda p: centred(p, X["x"]), (params,), pull(vector))
+    product = functools.partial(gnl.diagnostics.ntk_vector_product, centred, params, X["x"], vector)
+    assert_close(product(), expected, size=6 * N)
+    with pytest.raises(ValueError, match="predict mixes the examples"):
+        product(block_size=2)
 
 
 def test_report_names_what_falls_back():

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gn_linear import _tree
-from gn_linear._capture import Factors, Structure, check_independent, factors, folded, gram, trace_structure
+from gn_linear._capture import (
+    Factors,
+    Structure,
+    check_independent,
+    factors,
+    folded,
+    gram,
+    numbers_computed,
+    trace_structure,
+)
 from gn_linear._linearise import linearise
 from gn_linear._typing import Inputs, Outputs, Params, Predict, check_count, shown
 
@@ -103,12 +112,15 @@ def ntk_vector_product(
     inputs: Inputs,
     vector: Outputs,
     other_inputs: Inputs | None = None,
+    *,
+    block_size: int | None = None,
 ) -> Outputs:
     r"""The product of the empirical neural tangent kernel with a vector, without the kernel.
 
     .. math:: J(x) \, J(x')^T v
 
-    It costs one vector-Jacobian product on ``other_inputs`` and one Jacobian-vector product on ``inputs``.
+    It costs one vector-Jacobian product on ``other_inputs`` and one Jacobian-vector product on ``inputs``. Large
+    batches go block by block, in the memory of one block, and only then must examples be independent of each other.
 
     Args:
         predict: the model, ``predict(params, inputs) -> outputs``.
@@ -116,13 +128,16 @@ def ntk_vector_product(
         inputs: n examples.
         vector: like the outputs of ``other_inputs``.
         other_inputs: m examples; None means the same ones.
+        block_size: how many examples are taken at once; by default as many as keep what one evaluation computes below
+            2**25 numbers.
 
     Returns:
         The product, like the outputs of ``inputs``.
 
     Raises:
-        TypeError: ``predict`` is not a function, or a leaf is not a float array.
-        ValueError: ``vector`` differs from the outputs in structure or shape.
+        TypeError: ``predict`` is not a function, a leaf is not a float array, ``block_size`` is not an int.
+        ValueError: ``vector`` differs from the outputs in structure or shape, or blocks are needed and ``predict``
+            mixes the examples of a batch (seen where values are known, so not inside ``jit``).
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,11 +151,53 @@ def ntk_vector_product(
     """
     if not callable(predict):
         raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
+    if block_size is not None:
+        check_count(block_size, "block_size")
     _tree.check_float_leaves(params, "params")
-    left = linearise(predict, params, inputs)
-    right = left if other_inputs is None else linearise(predict, params, other_inputs)
-    _tree.check_same_shapes(vector, right.outputs, "vector", "the outputs of predict")
-    return left.jvp(right.vjp(_tree.cast_like(jax.tree.map(jnp.asarray, vector), right.outputs)))
+    others = inputs if other_inputs is None else other_inputs
+    outputs = jax.eval_shape(lambda p, x: linearise(predict, p, x).outputs, params, others)
+    _tree.check_same_shapes(vector, outputs, "vector", "the outputs of predict")
+    cotangent = _tree.cast_like(jax.tree.map(jnp.asarray, vector), outputs)
+    primal = jax.tree.map(jnp.asarray, params)
+    tangent = _pulled_back(predict, primal, others, cotangent, _size_of_blocks(predict, params, others, block_size))
+    return _pushed_forward(predict, primal, inputs, tangent, _size_of_blocks(predict, params, inputs, block_size))
+
+
+def _size_of_blocks(predict: Predict, params: Params, inputs: Inputs, block_size: int | None) -> int | None:
+    """How many examples of a batch to take at once; None means that all are, so that none need be told apart."""
+    numbers = LARGEST if block_size else numbers_computed(predict, params, inputs)
+    if block_size is None and numbers <= LARGEST:
+        return None
+    check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], inputs))
+    count = _examples(inputs)
+    size = block_size or max(1, count * LARGEST // numbers)
+    return size if size < count else None
+
+
+def _pulled_back(predict: Predict, params: Params, inputs: Inputs, cotangent: Outputs, size: int | None) -> Params:
+    """``J^T v``, block by block."""
+    if size is None:
+        return linearise(predict, params, inputs).vjp(cotangent)
+    rows = jax.tree.map(lambda v: jnp.pad(v, [(0, -len(v) % size), *[(0, 0)] * (v.ndim - 1)]), cotangent)
+    blocks = _blocks(inputs, size)[0], jax.tree.map(lambda v: v.reshape(-1, size, *v.shape[1:]), rows)
+
+    def add(total: Params, block: tuple[Inputs, Outputs]) -> tuple[Params, None]:
+        x, v = block
+        return _tree.add(total, _tree.to_solve(linearise(predict, params, x).vjp(v))), None
+
+    return _tree.cast_like(jax.lax.scan(add, _tree.solve_zeros(params), blocks)[0], params)
+
+
+def _pushed_forward(predict: Predict, params: Params, inputs: Inputs, tangent: Params, size: int | None) -> Outputs:
+    """``J d``, block by block."""
+
+    def block(x: Inputs) -> Outputs:
+        return jax.jvp(lambda p: predict(p, x), (params,), (tangent,))[1]
+
+    if size is None:
+        return block(inputs)
+    found = jax.lax.map(block, _blocks(inputs, size)[0])
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[: _examples(inputs)], found)
 
 
 def _factors(structure: Structure, params: Params, summed: bool, inputs: Inputs) -> Factors:

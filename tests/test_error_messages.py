@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -623,6 +624,39 @@ call("empirical_ntk/block of nothing", "block_size", "0", of=lambda: ntk(block_s
 call("empirical_ntk/no parameters", "params", "a dict without keys", of=lambda: ntk(lambda p, x: x[:, 0], {}))
 call("empirical_ntk/mixed examples", "predict", "its output", of=lambda: ntk(centred, x=X * jnp.arange(4.0)[:, None]))
 call("empirical_ntk/inputs of two lengths", "inputs", "4", "3", of=lambda: ntk(lambda p, x: x[0], x=(X, floats(3))))
+SQUARE, FULL = jnp.eye(4), jnp.ones((4, 4, 2, 2))
+call("kernel/list", "kernel", "[[1.0]] (a list)", of=lambda: gnl.diagnostics.effective_rank([[1.0]]))
+call("kernel/integers", "kernel", "int32", "(3, 3)", of=lambda: gnl.diagnostics.effective_rank(integers(3, 3)))
+call("kernel/not square", "other", "(4, 3)", of=lambda: gnl.diagnostics.cka(SQUARE, X))
+call("kernel/two shapes", "other", "(4, 4)", "(4, 4, 2, 2)", of=lambda: gnl.diagnostics.kernel_distance(SQUARE, FULL))
+call("kernel_velocity/no time", "time", "0.0", of=lambda: gnl.diagnostics.kernel_velocity(SQUARE, SQUARE, 0.0))
+call("effective_dimension/ridge", "ridge", "-1.0", of=lambda: gnl.diagnostics.effective_dimension(SQUARE, -1.0))
+call("spectrum_decay/one rank", "last", "4", "2", of=lambda: gnl.diagnostics.spectrum_decay(SQUARE, first=4, last=2))
+call("spectrum_decay/no int", "first", "1.5", of=lambda: gnl.diagnostics.spectrum_decay(SQUARE, first=1.5))
+for name, given, classes, *came in (
+    ("too few", floats(3), None, "targets", "(3,)", "(4,) or (4, c)"),
+    ("of three outputs", X, None, "targets", "(4, 3)", "(4, 2)"),
+    ("strings", np.array(["a"]), None, "targets", "array of shape (1,)"),
+    ("labels out of range", np.arange(4), 3, "targets", "0 to 3", "3 classes"),
+    ("classes of a kernel", integers(4), 3, "classes", "3", "(4, 4, 2, 2)"),
+    ("classes without labels", Y, 3, "classes", "float32", "(4,)"),
+):
+    kernel = FULL if name in ("of three outputs", "classes of a kernel") else SQUARE
+    align = functools.partial(gnl.diagnostics.target_alignment, kernel, given, classes=classes)
+    call(f"target_alignment/{name}", *came, of=align)
+call(
+    "target_alignment/traced labels",
+    "classes",
+    "int32 array of shape (4,)",
+    of=traced(functools.partial(gnl.diagnostics.target_alignment, SQUARE), integers(4)),
+)
+for name, new, residuals, *came in (
+    ("kernel_new", X, Y, "kernel_new", "(m, 4)", "(4, 3)"),
+    ("residuals", SQUARE, floats(3), "residuals", "(4,) or (4, c)", "(3,)"),
+    ("integers", SQUARE, integers(4), "residuals", "int32"),
+):
+    regress = functools.partial(gnl.diagnostics.kernel_regression, SQUARE, new, residuals)
+    call(f"kernel_regression/{name}", *came, of=regress)
 call(
     "empirical_ntk/a scalar input",
     "inputs",

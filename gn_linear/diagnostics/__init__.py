@@ -1,5 +1,16 @@
 """What is measured of a network at its parameters: its empirical neural tangent kernel, its curvature, its motion."""
 
+from gn_linear.diagnostics.kernels import (
+    cka,
+    condition_number,
+    effective_dimension,
+    effective_rank,
+    kernel_distance,
+    kernel_regression,
+    kernel_velocity,
+    spectrum_decay,
+    target_alignment,
+)
 from gn_linear.diagnostics.linearisation import ParameterMotion, linearisation_error, parameter_motion
 from gn_linear.diagnostics.ntk import empirical_ntk, ntk_vector_product
 from gn_linear.diagnostics.spectra import (
@@ -18,12 +29,21 @@ __all__ = [
     "StableLearningRate",
     "StructureReport",
     "as_linear_operator",
+    "cka",
+    "condition_number",
+    "effective_dimension",
+    "effective_rank",
     "empirical_ntk",
+    "kernel_distance",
+    "kernel_regression",
+    "kernel_velocity",
     "largest_stable_learning_rate",
     "linearisation_error",
     "ntk_as_linear_operator",
     "ntk_vector_product",
     "parameter_motion",
     "spectrum",
+    "spectrum_decay",
     "structure_report",
+    "target_alignment",
 ]

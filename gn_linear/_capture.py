@@ -20,7 +20,7 @@ from gn_linear import _tree
 from gn_linear._typing import Inputs, Outputs, Params, Predict
 from gn_linear._uses import BIAS, GRADIENT, PRODUCT, Program, Use, flattened, followed, verdict
 
-_LARGEST = 2**25  # entries of an intermediate array of ``gram``: 128 MiB in float32
+_LARGEST = 2**22  # entries of an intermediate array of ``gram``: 16 MiB in float32
 
 
 class Leaf(NamedTuple):
@@ -186,6 +186,22 @@ def gram(factors: Factors, other: Factors | None = None) -> jax.Array:
     Raises:
         ValueError: the two come from different structures.
     """
+    return functools.reduce(jnp.add, gram_by_leaf(factors, other))
+
+
+def gram_by_leaf(factors: Factors, other: Factors | None = None) -> list[jax.Array]:
+    """The terms of ``gram``, one for each leaf of the parameters.
+
+    Args:
+        factors: of n examples.
+        other: of m examples, from the same structure; the same ones by default.
+
+    Returns:
+        Arrays (n, c, m, c) in the dtype of ``gram``, in the order of the leaves.
+
+    Raises:
+        ValueError: the two come from different structures.
+    """
     other = factors if other is None else other
     if other.leaves != factors.leaves:
         ours, theirs = (_tree.few(leaf.path or "the array" for leaf in side.leaves) for side in (factors, other))
@@ -194,7 +210,7 @@ def gram(factors: Factors, other: Factors | None = None) -> jax.Array:
     activations, cotangents = jax.tree.map(_tree.whole, (other.activations, other.cotangents))
     rows = zip(factors.activations, factors.cotangents, activations, cotangents, strict=True)
     terms = [_rows(b, d) if a is None else _product(a, b, c, d) for a, b, c, d in rows]
-    return functools.reduce(jnp.add, [term.astype(dtype) for term in terms])
+    return [term.astype(dtype) for term in terms]
 
 
 def folded(factors: Factors) -> Factors:

@@ -12,7 +12,7 @@ from gn_linear.diagnostics.kernels import (
     target_alignment,
 )
 from gn_linear.diagnostics.linearisation import ParameterMotion, linearisation_error, parameter_motion
-from gn_linear.diagnostics.ntk import empirical_ntk, ntk_vector_product
+from gn_linear.diagnostics.ntk import empirical_ntk, ntk_by_leaf, ntk_diagonal, ntk_vector_product
 from gn_linear.diagnostics.spectra import (
     Spectrum,
     StableLearningRate,
@@ -40,6 +40,8 @@ __all__ = [
     "largest_stable_learning_rate",
     "linearisation_error",
     "ntk_as_linear_operator",
+    "ntk_by_leaf",
+    "ntk_diagonal",
     "ntk_vector_product",
     "parameter_motion",
     "spectrum",

@@ -1,6 +1,5 @@
 r"""The empirical neural tangent kernel :math:`\Theta(x, x') = J(x) J(x')^T`, and its products with vectors."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +11,11 @@ import numpy as np
 from gn_linear import _tree
 from gn_linear._capture import (
     Factors,
-    Structure,
     check_independent,
     factors,
     folded,
     gram,
+    gram_by_leaf,
     numbers_computed,
     trace_structure,
 )
@@ -28,6 +27,9 @@ LARGEST = 2**25
 
 PROBED = 16
 """How many examples are evaluated one by one, to see whether ``predict`` mixes them."""
+
+_Capture = Callable[[Inputs], Factors]
+_Contraction = Callable[[Factors, Factors], list[jax.Array]]
 
 
 def empirical_ntk(
@@ -85,25 +87,104 @@ def empirical_ntk(
         Jacot, Gabriel and Hongler (2018), Neural tangent kernel; Novak, Sohl-Dickstein and Schoenholz (2022), Fast
         finite width neural tangent kernel.
     """
-    if not callable(predict):
-        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
-    if block_size is not None:
-        check_count(block_size, "block_size")
-    for batch in (inputs, other_inputs):
-        if batch is not None:
-            check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], batch))
+    _check(predict, params, (inputs, other_inputs), block_size)
     model, chosen = _masked(predict, params, mask)
     if output is not None:
         model = _one_output(model, chosen, inputs, output)
-    structure = trace_structure(model, chosen, inputs)
-    summed = trace or output is not None
-    of = functools.partial(_factors, structure, chosen, summed)
-    size = block_size or _block_size(of, inputs)
-    kernel = _symmetric(of, inputs, size) if other_inputs is None else _rectangular(of, inputs, other_inputs, size)
-    if not summed:
-        return jnp.swapaxes(kernel, 1, 2)
-    outputs = 1 if output is not None else _outputs(model, chosen, inputs)
-    return kernel[:, 0, :, 0] / outputs
+    blocks = _Blocks(model, chosen, inputs, trace or output is not None, block_size)
+    (kernel,) = blocks.contracted(lambda ours, theirs: [gram(ours, theirs)], inputs, other_inputs)
+    return kernel
+
+
+def ntk_by_leaf(
+    predict: Predict,
+    params: Params,
+    inputs: Inputs,
+    other_inputs: Inputs | None = None,
+    *,
+    trace: bool = False,
+    block_size: int | None = None,
+) -> Params:
+    r"""The share of each leaf of the parameters in the empirical neural tangent kernel.
+
+    .. math::
+        \Theta = \sum_{\mathrm{leaves}} \Theta^{(l)}, \qquad
+        \Theta^{(l)}_{ij,kl} = \langle \partial_{\theta_l} f_k(x_i), \partial_{\theta_l} f_l(x'_j) \rangle
+
+    All come from one pass, at the cost of :func:`empirical_ntk` and the memory of a kernel for each leaf.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``; it treats every example by itself.
+        params: where the model is linearised.
+        inputs: n examples, a pytree of arrays whose leading axis is the example.
+        other_inputs: m examples; None means the same ones.
+        trace: whether to average over the outputs.
+        block_size: how many examples are taken at once; by default as many as keep the factors below 2**25 numbers.
+
+    Returns:
+        A pytree like ``params`` of kernels, each as :func:`empirical_ntk` returns it.
+
+    Raises:
+        TypeError: ``predict`` is not a function, a leaf is not a float array, ``block_size`` is not an int.
+        ValueError: ``predict`` mixes the examples of a batch (seen where values are known, so not inside ``jit``), or
+            the leading axis of an input or output is not the example.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import gn_linear as gnl
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> predict = lambda p, x: x @ p["w"] + p["b"]
+        >>> shares = gnl.diagnostics.ntk_by_leaf(predict, {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, x, trace=True)
+        >>> print(shares["w"])
+        [[1. 0.]
+         [0. 4.]]
+
+    References:
+        Jacot, Gabriel and Hongler (2018), Neural tangent kernel, section 4, where the limit is taken layer by layer.
+    """
+    _check(predict, params, (inputs, other_inputs), block_size)
+    blocks = _Blocks(predict, params, inputs, trace, block_size)
+    kernels = blocks.contracted(gram_by_leaf, inputs, other_inputs)
+    return jax.tree.unflatten(jax.tree.structure(params), kernels)
+
+
+def ntk_diagonal(
+    predict: Predict, params: Params, inputs: Inputs, *, trace: bool = False, block_size: int | None = None
+) -> jax.Array:
+    r"""The diagonal blocks of the empirical neural tangent kernel, each of one example with itself.
+
+    .. math:: \Theta_{ii,kl} = \langle \partial_\theta f_k(x_i), \partial_\theta f_l(x_i) \rangle
+
+    Time and memory grow with the number of examples, not with its square.
+
+    Args:
+        predict: the model, ``predict(params, inputs) -> outputs``; it treats every example by itself.
+        params: where the model is linearised.
+        inputs: n examples, a pytree of arrays whose leading axis is the example.
+        trace: whether to average over the outputs; then the entries are the mean squared norms of the gradients.
+        block_size: how many examples are taken at once; by default as many as keep the factors below 2**25 numbers.
+
+    Returns:
+        The blocks, shape (n, c, c) with c outputs of an example, or (n,) with ``trace``; at least float32.
+
+    Raises:
+        TypeError: ``predict`` is not a function, a leaf is not a float array, ``block_size`` is not an int.
+        ValueError: ``predict`` mixes the examples of a batch (seen where values are known, so not inside ``jit``), or
+            the leading axis of an input or output is not the example.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import gn_linear as gnl
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> print(gnl.diagnostics.ntk_diagonal(lambda p, x: x @ p, jnp.ones((2, 3)), x, trace=True))
+        [1. 4.]
+
+    References:
+        Jacot, Gabriel and Hongler (2018), Neural tangent kernel.
+    """
+    _check(predict, params, (inputs,), block_size)
+    blocks = _Blocks(predict, params, inputs, trace, block_size)
+    return blocks.diagonal(inputs)
 
 
 def ntk_vector_product(
@@ -149,11 +230,7 @@ def ntk_vector_product(
     References:
         Novak, Sohl-Dickstein and Schoenholz (2022), Fast finite width neural tangent kernel, section 3.
     """
-    if not callable(predict):
-        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
-    if block_size is not None:
-        check_count(block_size, "block_size")
-    _tree.check_float_leaves(params, "params")
+    _check(predict, params, (), block_size)
     others = inputs if other_inputs is None else other_inputs
     outputs = jax.eval_shape(lambda p, x: linearise(predict, p, x).outputs, params, others)
     _tree.check_same_shapes(vector, outputs, "vector", "the outputs of predict")
@@ -200,48 +277,91 @@ def _pushed_forward(predict: Predict, params: Params, inputs: Inputs, tangent: P
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[: _examples(inputs)], found)
 
 
-def _factors(structure: Structure, params: Params, summed: bool, inputs: Inputs) -> Factors:
-    found = factors(structure, params, inputs)
-    return folded(found) if summed else found
+class _Blocks:
+    """The factors of a model, some examples at a time, and what is contracted from them."""
+
+    def __init__(
+        self, predict: Predict, params: Params, inputs: Inputs, summed: bool, block_size: int | None
+    ) -> None:
+        """Traces the model; ``summed`` takes all outputs as one, the mean of theirs."""
+        structure = trace_structure(predict, params, inputs)
+
+        def of(x: Inputs) -> Factors:
+            found = factors(structure, params, x)
+            return folded(found) if summed else found
+
+        self.of = of
+        self.size = block_size or _block_size(of, inputs)
+        self.outputs = _outputs(predict, params, inputs) if summed else None
+
+    def contracted(self, contract: _Contraction, inputs: Inputs, others: Inputs | None) -> list[jax.Array]:
+        """Kernels (n, m, c, c), or (n, m) of the summed outputs."""
+        if others is None:
+            kernels = _symmetric(self.of, contract, inputs, self.size)
+        else:
+            kernels = _rectangular(self.of, contract, inputs, others, self.size)
+        if self.outputs is None:
+            return [jnp.swapaxes(kernel, 1, 2) for kernel in kernels]
+        return [kernel[:, 0, :, 0] / self.outputs for kernel in kernels]
+
+    def diagonal(self, inputs: Inputs) -> jax.Array:
+        """The blocks (n, c, c) of each example with itself, or (n,) of the summed outputs."""
+
+        def one(x: Inputs) -> jax.Array:
+            return gram(self.of(jax.tree.map(lambda leaf: leaf[None], x)))[0, :, 0]
+
+        found = jax.lax.map(one, jax.tree.map(jnp.asarray, inputs), batch_size=min(self.size, _examples(inputs)))
+        return found if self.outputs is None else found[:, 0, 0] / self.outputs
 
 
-def _symmetric(of: Callable[[Inputs], Factors], inputs: Inputs, size: int) -> jax.Array:
-    """The kernel of a batch with itself, (n, c, n, c), from the blocks on and above the diagonal."""
+def _symmetric(of: _Capture, contract: _Contraction, inputs: Inputs, size: int) -> list[jax.Array]:
+    """Kernels of a batch with itself, (n, c, n, c), from the blocks on and above the diagonal."""
     n = _examples(inputs)
     if n <= size:
-        return gram(of(inputs))
+        ours = of(inputs)
+        return contract(ours, ours)
     blocks, count = _blocks(inputs, size)
-    shape = jax.eval_shape(lambda x: gram(of(x)), _at(blocks, 0))
-    c = shape.shape[1]
+    shapes = jax.eval_shape(lambda x: contract(of(x), of(x)), _at(blocks, 0))
 
-    def row(i: Any, kernel: jax.Array) -> jax.Array:
+    def row(i: Any, kernels: list[jax.Array]) -> list[jax.Array]:
         ours = of(_at(blocks, i))
 
-        def column(j: Any, kernel: jax.Array) -> jax.Array:
-            block = gram(ours, of(_at(blocks, j)))
-            kernel = jax.lax.dynamic_update_slice(kernel, block, (i * size, 0, j * size, 0))
-            return jax.lax.dynamic_update_slice(kernel, block.transpose(2, 3, 0, 1), (j * size, 0, i * size, 0))
+        def column(j: Any, kernels: list[jax.Array]) -> list[jax.Array]:
+            return [
+                _mirrored(kernel, block, i * size, j * size)
+                for kernel, block in zip(kernels, contract(ours, of(_at(blocks, j))), strict=True)
+            ]
 
-        return jax.lax.fori_loop(i, count, column, kernel)
+        return jax.lax.fori_loop(i, count, column, kernels)
 
-    kernel = jax.lax.fori_loop(0, count, row, jnp.zeros((count * size, c, count * size, c), shape.dtype))
-    return kernel[:n, :, :n]
+    whole = [jnp.zeros((count * size, s.shape[1], count * size, s.shape[1]), s.dtype) for s in shapes]
+    return [kernel[:n, :, :n] for kernel in jax.lax.fori_loop(0, count, row, whole)]
 
 
-def _rectangular(of: Callable[[Inputs], Factors], inputs: Inputs, others: Inputs, size: int) -> jax.Array:
-    """The kernel of two batches, (n, c, m, c), block by block."""
+def _mirrored(kernel: jax.Array, block: jax.Array, row: Any, column: Any) -> jax.Array:
+    kernel = jax.lax.dynamic_update_slice(kernel, block, (row, 0, column, 0))
+    return jax.lax.dynamic_update_slice(kernel, block.transpose(2, 3, 0, 1), (column, 0, row, 0))
+
+
+def _rectangular(
+    of: _Capture, contract: _Contraction, inputs: Inputs, others: Inputs, size: int
+) -> list[jax.Array]:
+    """Kernels of two batches, (n, c, m, c), block by block."""
     n, m = _examples(inputs), _examples(others)
     if n <= size and m <= size:
-        return gram(of(inputs), of(others))
+        return contract(of(inputs), of(others))
     (rows, _), (columns, _) = _blocks(inputs, min(size, n)), _blocks(others, min(size, m))
 
-    def row(x: Inputs) -> jax.Array:
+    def row(x: Inputs) -> list[jax.Array]:
         ours = of(x)
-        return jax.lax.map(lambda other: gram(ours, of(other)), columns)
+        return jax.lax.map(lambda other: contract(ours, of(other)), columns)
 
-    kernel = jax.lax.map(row, rows).transpose(0, 2, 3, 1, 4, 5)  # (blocks, size, c, blocks, size, c)
-    c = kernel.shape[2]
-    return kernel.reshape(-1, c, kernel.shape[3] * kernel.shape[4], c)[:n, :, :m]
+    def joined(kernel: jax.Array) -> jax.Array:
+        kernel = kernel.transpose(0, 2, 3, 1, 4, 5)  # (blocks, size, c, blocks, size, c)
+        c = kernel.shape[2]
+        return kernel.reshape(-1, c, kernel.shape[3] * kernel.shape[4], c)[:n, :, :m]
+
+    return list(map(joined, jax.lax.map(row, rows)))
 
 
 def _blocks(inputs: Inputs, size: int) -> tuple[Inputs, int]:
@@ -257,7 +377,7 @@ def _blocks(inputs: Inputs, size: int) -> tuple[Inputs, int]:
     return jax.tree.map(cut, inputs), count
 
 
-def _block_size(of: Callable[[Inputs], Factors], inputs: Inputs) -> int:
+def _block_size(of: _Capture, inputs: Inputs) -> int:
     """As many examples as keep their factors below ``LARGEST`` numbers."""
     one = jax.eval_shape(
         of, jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), jnp.result_type(x)), inputs)
@@ -295,9 +415,19 @@ def _one_output(predict: Predict, params: Params, inputs: Inputs, output: int) -
     return model
 
 
+def _check(predict: Predict, params: Params, batches: tuple[Inputs, ...], block_size: int | None) -> None:
+    if not callable(predict):
+        raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
+    if block_size is not None:
+        check_count(block_size, "block_size")
+    _tree.check_float_leaves(params, "params")
+    for batch in batches:
+        if batch is not None:
+            check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], batch))
+
+
 def _masked(predict: Predict, params: Params, mask: Any) -> tuple[Predict, Params]:
     """The model as a function of the leaves that count, and these leaves, by path."""
-    _tree.check_float_leaves(params, "params")
     if mask is None:
         return predict, params
     flags = mask(params) if callable(mask) else mask

@@ -20,6 +20,7 @@ from gn_linear import _tree
 from gn_linear._typing import Inputs, Outputs, Params, Predict
 from gn_linear._uses import BIAS, GRADIENT, PRODUCT, Program, Use, flattened, followed, verdict
 
+_FEW = 4  # entries of rows whose inner products are cheaper to compute anew than to read from memory
 _LARGEST = 2**22  # entries of an intermediate array of ``gram``: 16 MiB in float32
 
 
@@ -225,7 +226,7 @@ def folded(factors: Factors) -> Factors:
 
     def one(b: jax.Array) -> jax.Array:
         rows = jnp.moveaxis(b, 1, -2)
-        return rows.reshape(b.shape[0], 1, *rows.shape[1:-2], -1)
+        return rows.reshape(*rows.shape[:-2], -1)[:, None]
 
     return dataclasses.replace(factors, cotangents=tuple(map(one, factors.cotangents)))
 
@@ -382,18 +383,31 @@ def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
 
 def _rows(x: jax.Array, y: jax.Array) -> jax.Array:
     """Inner products of gradients that stand there as rows."""
+    if x.shape[1] == y.shape[1] == 1:
+        return _inner(x[:, 0], y[:, 0])[:, None, :, None]
     return _einsum("ncp,mdp->ncmd", x, y)
 
 
 def _product(a: jax.Array, b: jax.Array, other_a: jax.Array, other_b: jax.Array) -> jax.Array:
     """Inner products of sums of outer products, the cheaper way."""
     (n, t, i), (c, o), m = a.shape, (b.shape[1], b.shape[3]), other_a.shape[0]
-    if t == 1:
-        inputs = _einsum("nti,mti->nm", a, other_a)
+    if t == 1 and other_a.shape[1] == 1:
+        if c * c * i * o <= i + c * c * o:
+            return _by_gradients(a, b, other_a, other_b)
+        inputs = _inner(a[:, 0], other_a[:, 0])
         return inputs[:, None, :, None] * _rows(b[:, :, 0], other_b[:, :, 0])
     by_pairs = n * m * (t * t * (i + c * o) + c * c * t * o)
     by_gradients = (n + m) * c * t * i * o + n * m * c * c * i * o
     return (_by_pairs if by_pairs < by_gradients else _by_gradients)(a, b, other_a, other_b)
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inner products of all rows."""
+    if not 0 < x.shape[1] <= _FEW:
+        return _einsum("ni,mi->nm", x, y)
+    # Not a matrix product, so that the compiler fuses it into what it is multiplied with.
+    wide = [v.astype(_tree.at_least_float32(v.dtype)) for v in (x, y)]
+    return functools.reduce(jnp.add, [wide[0][:, None, k] * wide[1][None, :, k] for k in range(x.shape[1])])
 
 
 def _by_pairs(a: jax.Array, b: jax.Array, other_a: jax.Array, other_b: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 import gn_linear as gnl
 from gn_linear import _capture
 from gn_linear.diagnostics import ntk as ntk_module
-from tests.support import assert_close
+from tests.support import assert_close, tolerance
 
 N, M = 7, 5
 
@@ -96,6 +96,42 @@ def test_under_jit_and_in_float32():
     got = jax.jit(lambda p, x: gnl.diagnostics.empirical_ntk(predict, p, x, trace=True, block_size=3))(narrow, x)
     assert got.dtype == jnp.float32
     assert_close(got, exact, size=40, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_shares_of_the_leaves_and_the_diagonal(name, block_size):
+    predict, params = MODELS[name]
+    options = {"block_size": block_size}
+    for others in ((), (X["y"],)):
+        shares = gnl.diagnostics.ntk_by_leaf(predict, params, X["x"], *others, **options)
+        averaged = gnl.diagnostics.ntk_by_leaf(predict, params, X["x"], *others, trace=True, **options)
+        for key in params:
+            j, k = (dense(name, x, {key}) for x in (X["x"], *(others or (X["x"],))))
+            expected = np.einsum("icp,jdp->ijcd", j, k)
+            assert_close(shares[key], expected, size=j.shape[2])
+            assert_close(averaged[key], np.einsum("ijcc->ij", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
+    j = dense(name, X["x"])
+    expected = np.einsum("icp,idp->icd", j, j)
+    got = gnl.diagnostics.ntk_diagonal(predict, params, X["x"], **options)
+    assert_close(got, expected, size=j.shape[2])
+    got = gnl.diagnostics.ntk_diagonal(predict, params, X["x"], trace=True, **options)
+    assert_close(got, np.einsum("icc->i", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_dtype_gives_a_positive_semidefinite_kernel(name, dtype):
+    """In at least float32: inner products of rounded gradients are inner products all the same."""
+    predict, params = MODELS[name]
+    narrow, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, X["x"]))
+    kernel = gnl.diagnostics.empirical_ntk(predict, narrow, x)
+    assert kernel.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    exact = gnl.diagnostics.empirical_ntk(predict, params, X["x"])
+    assert_close(kernel, exact, size=40, dtype=dtype, condition=4)
+    size = N * kernel.shape[2]
+    matrix = np.asarray(kernel.transpose(0, 2, 1, 3), np.float64).reshape(size, size)
+    assert np.linalg.eigvalsh(matrix)[0] >= -tolerance(kernel.dtype, size) * np.linalg.norm(matrix, 2)
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 3, N, "bounded"])

@@ -614,6 +614,8 @@ def centred(p, x):
 for name, diagnose in (
     ("empirical_ntk", gnl.diagnostics.empirical_ntk),
     ("structure_report", gnl.diagnostics.structure_report),
+    ("ntk_by_leaf", gnl.diagnostics.ntk_by_leaf),
+    ("ntk_diagonal", gnl.diagnostics.ntk_diagonal),
     ("ntk_vector_product", functools.partial(gnl.diagnostics.ntk_vector_product, vector=Y)),
 ):
     call(f"{name}/predict", "predict", "3", of=functools.partial(diagnose, 3, params(), X))

@@ -68,6 +68,26 @@ for number in range(len(optimisers)):
         # three steps, each a solve of condition below 100 whose sums come in another order
         assert error < 3 * 100 * 8 * np.finfo(np.float64).eps * np.max(np.abs(np.asarray(want["w"]))), (number, error)
     assert np.max(np.abs(want["w"] - start["w"])) > 1e-2
+
+def kernels(place):
+    p = jax.tree.map(lambda leaf: jax.device_put(leaf, place(P())), start)
+    batch, others = (jax.device_put(x, place(P("data"))) for x in (x, x[:4]))
+    found = gnl.diagnostics
+    compiled = jax.jit(lambda p, x, z: [
+        found.empirical_ntk(predict, p, x), found.empirical_ntk(predict, p, x, z, trace=True),
+        found.ntk_diagonal(predict, p, x), found.ntk_by_leaf(predict, p, x)["w"],
+        found.ntk_diagonal(predict, p, x, block_size=3), found.empirical_ntk(predict, p, x, block_size=3),
+        found.ntk_vector_product(predict, p, x, predict(p, x)),
+    ])
+    return compiled(p, batch, others)
+
+if which == "gauss_newton":
+    want = kernels(lambda spec: jax.devices()[0])
+    with jax.set_mesh(mesh):
+        got = kernels(lambda spec: NamedSharding(mesh, spec))
+    for ours, theirs in zip(got, want):
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert np.max(np.abs(ours - theirs)) <= 8 * 8 * np.finfo(np.float64).eps * np.max(np.abs(theirs))
 print("same")
 """
 

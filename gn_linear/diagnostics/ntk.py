@@ -280,9 +280,7 @@ def _pushed_forward(predict: Predict, params: Params, inputs: Inputs, tangent: P
 class _Blocks:
     """The factors of a model, some examples at a time, and what is contracted from them."""
 
-    def __init__(
-        self, predict: Predict, params: Params, inputs: Inputs, summed: bool, block_size: int | None
-    ) -> None:
+    def __init__(self, predict: Predict, params: Params, inputs: Inputs, summed: bool, block_size: int | None) -> None:
         """Traces the model; ``summed`` takes all outputs as one, the mean of theirs."""
         structure = trace_structure(predict, params, inputs)
 
@@ -310,7 +308,10 @@ class _Blocks:
         def one(x: Inputs) -> jax.Array:
             return gram(self.of(jax.tree.map(lambda leaf: leaf[None], x)))[0, :, 0]
 
-        found = jax.lax.map(one, jax.tree.map(jnp.asarray, inputs), batch_size=min(self.size, _examples(inputs)))
+        if _examples(inputs) <= self.size:
+            found = jax.vmap(one)(inputs)
+        else:
+            found = jax.lax.map(one, jax.tree.map(_tree.whole, inputs), batch_size=self.size)
         return found if self.outputs is None else found[:, 0, 0] / self.outputs
 
 
@@ -343,9 +344,7 @@ def _mirrored(kernel: jax.Array, block: jax.Array, row: Any, column: Any) -> jax
     return jax.lax.dynamic_update_slice(kernel, block.transpose(2, 3, 0, 1), (column, 0, row, 0))
 
 
-def _rectangular(
-    of: _Capture, contract: _Contraction, inputs: Inputs, others: Inputs, size: int
-) -> list[jax.Array]:
+def _rectangular(of: _Capture, contract: _Contraction, inputs: Inputs, others: Inputs, size: int) -> list[jax.Array]:
     """Kernels of two batches, (n, c, m, c), block by block."""
     n, m = _examples(inputs), _examples(others)
     if n <= size and m <= size:
@@ -370,7 +369,7 @@ def _blocks(inputs: Inputs, size: int) -> tuple[Inputs, int]:
     count = math.ceil(n / size)
 
     def cut(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
+        x = jnp.asarray(_tree.whole(x))
         filled = jnp.take(x, jnp.minimum(jnp.arange(count * size), n - 1), axis=0)
         return filled.reshape(count, size, *x.shape[1:])
 

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 import gn_linear as gnl
 from gn_linear import curvature
 from gn_linear.solvers import CG, Status
+from tests import oracles_dense
 from tests.support import (
     PROBLEMS,
     assert_bit_equal,
@@ -350,3 +351,14 @@ def test_float32_stays_float32():
 def test_arguments_are_checked(arguments, error, says):
     with pytest.raises(error, match=says):
         CG(**arguments)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_step_at_every_damping(name):
+    """From 1e-10 to 1e10 of the largest eigenvalue, as the dense solvers: to the accuracy that products allow."""
+    oracle = dense(name)
+    converged = CG(max_steps=20 * oracle.params.size, rtol=tolerance(np.float64), progress=0.0)
+    solve = oracles_dense.compiled(name, converged)
+    for rhs, damping, step, _ in oracles_dense.cases(name):
+        result = solve(rhs, damping, jnp.float64(0.0))
+        assert_close(result.step, step, size=oracle.params.size, condition=condition(oracle.ggn, float(damping)))

@@ -20,6 +20,7 @@ from gn_linear import _tree
 from gn_linear._typing import Inputs, Outputs, Params, Predict
 from gn_linear._uses import BIAS, GRADIENT, PRODUCT, Program, Use, flattened, followed, verdict
 
+BY_FACTORS, BY_PAIRS, BY_GRADIENTS = "factors", "pairs of positions", "gradients"
 _FEW = 4  # entries of rows whose inner products are cheaper to compute anew than to read from memory
 _LARGEST = 2**22  # entries of an intermediate array of ``gram``: 16 MiB in float32
 
@@ -388,17 +389,32 @@ def _rows(x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum("ncp,mdp->ncmd", x, y)
 
 
+def route(activations: tuple[int, ...], cotangents: tuple[int, ...], others: tuple[int, ...]) -> str:
+    """How the gradients of a product's leaf are contracted: the way of the fewest multiplications.
+
+    Args:
+        activations: the shape (n, T, I) of n examples.
+        cotangents: the shape (n, c, T, O).
+        others: the shape (m, S, I) of the activations of the other examples.
+
+    Returns:
+        ``BY_FACTORS``, ``BY_PAIRS`` or ``BY_GRADIENTS``.
+    """
+    (n, t, i), (c, o), (m, s) = activations, (cotangents[1], cotangents[3]), others[:2]
+    if t == s == 1:
+        return BY_GRADIENTS if c * c * i * o <= i + c * c * o else BY_FACTORS
+    by_pairs = n * m * (t * s * (i + c * o) + c * c * t * o)
+    by_gradients = c * i * o * (n * t + m * s) + n * m * c * c * i * o
+    return BY_PAIRS if by_pairs < by_gradients else BY_GRADIENTS
+
+
 def _product(a: jax.Array, b: jax.Array, other_a: jax.Array, other_b: jax.Array) -> jax.Array:
     """Inner products of sums of outer products, the cheaper way."""
-    (n, t, i), (c, o), m = a.shape, (b.shape[1], b.shape[3]), other_a.shape[0]
-    if t == 1 and other_a.shape[1] == 1:
-        if c * c * i * o <= i + c * c * o:
-            return _by_gradients(a, b, other_a, other_b)
+    chosen = route(a.shape, b.shape, other_a.shape)
+    if chosen == BY_FACTORS:
         inputs = _inner(a[:, 0], other_a[:, 0])
         return inputs[:, None, :, None] * _rows(b[:, :, 0], other_b[:, :, 0])
-    by_pairs = n * m * (t * t * (i + c * o) + c * c * t * o)
-    by_gradients = (n + m) * c * t * i * o + n * m * c * c * i * o
-    return (_by_pairs if by_pairs < by_gradients else _by_gradients)(a, b, other_a, other_b)
+    return (_by_pairs if chosen == BY_PAIRS else _by_gradients)(a, b, other_a, other_b)
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -188,8 +188,14 @@ def test_report_names_what_falls_back():
     kinds = {leaf.path: leaf.kind for leaf in report.leaves}
     assert kinds == {"['gain']": "gradient", **{f"['{name}']": "product" for name in ("k", "out", "q", "v")}}
     assert not report.structured
-    assert str(report).splitlines()[0] == "['gain']  gradient  mul"
-    assert gnl.diagnostics.structure_report(*MODELS["perceptron"], X["x"]).structured
+    assert str(report).splitlines()[0] == "['gain']  gradient  gradients  mul"
+    assert report.routes == ("gradients",) * 5
+    report = gnl.diagnostics.structure_report(*MODELS["perceptron"], X["x"])
+    assert report.structured
+    assert report.routes == ("gradients", "factors", "factors")
+    wide = {name: jnp.ones((2, 40)) for name in "qkv"} | {"gain": jnp.ones(40), "out": jnp.ones((40, 2))}
+    route = dict(zip(sorted(wide), gnl.diagnostics.structure_report(predict, wide, X["x"]).routes, strict=True))
+    assert route == {name: "pairs of positions" if name == "out" else "gradients" for name in wide}
 
 
 def test_bad_input():

@@ -1,4 +1,4 @@
-"""Cholesky against steps in 50 digits, in both spaces, at the edges of the number range, and inside the transform."""
+"""Cholesky next to conjugate gradients, the space that it takes, and its momentum."""
 
 import jax
 import jax.numpy as jnp
@@ -12,85 +12,6 @@ from tests import oracles_dense as checks
 from tests.support import PROBLEMS, assert_bit_equal, assert_close, condition, dense, flat, tolerance, unflatten_like
 
 SPACES = pytest.mark.parametrize("in_outputs", [False, True])
-
-
-@SPACES
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_step_is_as_near_as_rounding_lets_it_be(name, in_outputs):
-    for l2 in (0.0, 0.03):
-        checks.check_steps(Cholesky(in_outputs), name, l2)
-
-
-@pytest.mark.parametrize("name", ["softmax_labels", "two_heads_huber", "from_convex"])
-def test_penalty_by_leaves(name):
-    checks.check_steps(Cholesky(in_outputs=True), name, "tree")  # it works in the parameters anyway
-
-
-@SPACES
-def test_scale_of_the_right_hand_side_does_not_matter(in_outputs):
-    checks.check_scale(Cholesky(in_outputs))
-
-
-@SPACES
-def test_what_is_not_finite_gives_no_step(in_outputs):
-    checks.check_what_is_not_finite(Cholesky(in_outputs))
-
-
-@SPACES
-def test_right_hand_side_of_zero_is_solved(in_outputs):
-    checks.check_zero(Cholesky(in_outputs))
-
-
-@SPACES
-def test_huber_with_outliers_alone(in_outputs):
-    checks.check_outliers_alone(Cholesky(in_outputs))
-
-
-@SPACES
-def test_saturated_softmax_in_float32(in_outputs):
-    checks.check_saturated_softmax(Cholesky(in_outputs))
-
-
-@SPACES
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_conflicting_examples_at_small_damping(in_outputs, dtype):
-    checks.check_conflicting_examples(Cholesky(in_outputs), dtype)
-
-
-def test_idle_parameters_stay():
-    checks.check_idle_parameters(Cholesky(in_outputs=False))
-
-
-@pytest.mark.parametrize(("dtype", "in_outputs"), [(jnp.bfloat16, False), (jnp.float16, True)])
-def test_narrow_parameters_are_solved_in_float32(dtype, in_outputs):
-    checks.check_narrow_parameters(Cholesky(in_outputs), dtype)
-
-
-def test_nothing_to_solve():
-    checks.check_nothing_to_solve(Cholesky())
-
-
-@SPACES
-def test_leaves_of_several_dtypes(in_outputs):
-    checks.check_several_dtypes(Cholesky(in_outputs))
-
-
-@pytest.mark.parametrize(
-    ("policy", "in_outputs"),
-    [(gnl.damping.LevenbergMarquardt(), True), (gnl.damping.Path(), False)],
-    ids=["lm", "path"],
-)
-def test_it_fits_a_curve(policy, in_outputs):
-    checks.check_fit(Cholesky(in_outputs), policy)
-
-
-def test_refused_step_is_solved_again_with_more_damping():
-    checks.check_retries(Cholesky(in_outputs=False))
-
-
-@SPACES
-def test_another_damping_needs_no_jacobian(in_outputs):
-    checks.check_another_damping_needs_no_jacobian(Cholesky(in_outputs))
 
 
 @pytest.mark.parametrize("name", ["squared_error", "poisson"])
@@ -170,19 +91,6 @@ def test_vmap_and_no_second_compilation():
         first = jax.tree.map(lambda x: x[0], together)
         assert_close(first, alone, size=oracle.jacobian.size, condition=condition(oracle.ggn, dampings[0]))
     assert len(traces) == 1
-
-
-@pytest.mark.parametrize("solver", [gnl.solvers.Cholesky(), gnl.solvers.QR()], ids=["Cholesky", "QR"])
-def test_model_that_mixes_examples_is_refused(solver):
-    def centred(p, x):
-        return jnp.tanh((x - jnp.mean(x, 0)) @ p)
-
-    x, y, params = jnp.arange(12.0).reshape(4, 3) / 12, jnp.ones(4), jnp.ones(3)
-    optimiser = gnl.gauss_newton(centred, gnl.losses.squared_error, solver=solver)
-    grads = jax.grad(lambda p: gnl.losses.squared_error(centred(p, x), y))(params)
-    updates, state = jax.jit(optimiser.update)(grads, optimiser.init(params), params, inputs=x, targets=y)
-    assert state.info.refusal == gnl.Refusal.SOLVER
-    assert not np.any(updates)
 
 
 # ---- momentum

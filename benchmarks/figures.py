@@ -7,10 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.tables import Row, group
-
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+from gn_linear.plotting import curve_style
 
 
 def panels(count: int, title: str, *, shared: bool = True) -> tuple[Figure, list[Axes]]:
@@ -43,22 +40,19 @@ def draw_curves(panel: Axes, rows: Sequence[Row], x: str, y: str, label: str = "
         label: the column that tells the curves apart.
     """
     for number, ((name,), curve) in enumerate(group(rows, label).items()):
-        colour = OKABE_ITO[number % len(OKABE_ITO)]
-        style = LINE_STYLES[number % len(LINE_STYLES)]
+        style = curve_style(number)
         finite = [row for row in curve if row[y] is not None]
         for seed_rows in group(finite, "seed").values():
             points = [(row[x], row[y]) for row in seed_rows]
-            panel.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.4)
+            panel.plot(*zip(*points, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
         medians = [
             tuple(statistics.median(row[column] for row in at_step) for column in (x, y))
             for at_step in group(finite, "step").values()
         ]
         panel.plot(
             *zip(*medians, strict=True),
-            color=colour,
-            linestyle=style,
+            **style,
             linewidth=1.8,
-            marker=MARKERS[number % len(MARKERS)],
             markersize=4.5,
             markevery=max(1, len(medians) // 8),
             label=name,

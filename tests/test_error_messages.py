@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -711,6 +712,88 @@ call(
 )
 
 
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+RUN = {"method": "gauss-newton", "steps": 10, "period": None, "feature_updates": 10, "test_accuracy_f": 90.0}
+MEASUREMENT = {"rule": "never", "step": 0, "cka": 1.0}
+
+
+def without_matplotlib():
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+        gnl.plotting.training({"Adam": [1.0]})
+
+
+def figure_of_runs(*runs, **options):
+    return gnl.plotting.feature_updates(list(runs), **options)
+
+
+def figure_of_spectrum(**fields):
+    """Of one probe, unless the fields say otherwise."""
+    found = gnl.diagnostics.Spectrum(Y, Y, *(floats(1, 4) for _ in range(3)), jnp.asarray(4))
+    return gnl.plotting.spectrum(found._replace(**fields))
+
+
+for name, given, *came in (
+    ("records", {"runs": [RUN]}, "runs", "dict"),
+    ("list of names", ["runs"], "runs[0]", "'runs'", "records.runs"),
+    ("empty", [], "runs", "[]"),
+    ("column missing", [{"method": "adam"}], "runs[0]", "'steps'", "has method"),
+    ("text for a number", [RUN, {**RUN, "steps": "10"}], "runs[1]['steps']", "'10'"),
+    ("no period but text", [{**RUN, "period": "never"}], "runs[0]['period']", "'never'", "or None"),
+):
+    call(f"plotting/{name}", *came, of=functools.partial(gnl.plotting.feature_updates, given))
+call("plotting/metric", "metric", "'accuracy'", "test_accuracy", of=lambda: figure_of_runs(RUN, metric="accuracy"))
+call(
+    "plotting/nothing measured",
+    "metric",
+    "nothing that was measured",
+    of=lambda: figure_of_runs({**RUN, "test_accuracy_f": None}),
+)
+call(
+    "plotting/measure",
+    "measures",
+    "'drift'",
+    "cka",
+    of=lambda: gnl.plotting.kernel_measures([MEASUREMENT], measures=["cka", "drift"]),
+)
+call("plotting/no measures", "measures", "[]", of=lambda: gnl.plotting.kernel_measures([MEASUREMENT], measures=[]))
+call("plotting/axes", "axes", "'left'", of=lambda: figure_of_runs(RUN, axes="left"))
+call(
+    "plotting/too few axes",
+    "axes",
+    "None",
+    of=lambda: gnl.plotting.kernel_measures([MEASUREMENT], measures=["cka", "cka"], axes=[None]),
+)
+call(
+    "plotting/two methods",
+    "runs",
+    "gauss-newton; adam",
+    of=lambda: gnl.plotting.phase_diagram([RUN, {**RUN, "method": "adam"}]),
+)
+case("plotting/without matplotlib", "matplotlib", "pip install 'gn_linear[plot]'")(without_matplotlib)
+call("plotting/no spectrum", "spectrum", "float32", "(4,)", of=lambda: gnl.plotting.spectrum(Y))
+call(
+    "plotting/broken spectrum",
+    "spectrum",
+    "4 are not finite",
+    of=lambda: figure_of_spectrum(nodes=jnp.nan * floats(1, 4)),
+)
+call("plotting/two spectra", "spectrum", "(2, 1, 4)", of=lambda: figure_of_spectrum(nodes=floats(2, 1, 4)))
+call("plotting/no filter", "filters", "{}", of=lambda: gnl.plotting.filters({}, Y))
+call("plotting/filter", "filters", "0.5", of=lambda: gnl.plotting.filters(0.5, Y))
+call("plotting/named filter", "filters['flow']", "2.0", of=lambda: gnl.plotting.filters({"flow": 2.0}, Y))
+call(
+    "plotting/eigenvalues",
+    "eigenvalues",
+    "(4, 3)",
+    of=lambda: gnl.plotting.filters(gnl.filters.Tikhonov(1.0), X),
+)
+call("plotting/histories", "histories", "[1.0, 0.5]", of=lambda: gnl.plotting.training([1.0, 0.5]))
+call("plotting/no history", "histories", "{}", of=lambda: gnl.plotting.training({}))
+call("plotting/history", "histories['Adam']", "0.5", of=lambda: gnl.plotting.training({"Adam": 0.5}))
+call("plotting/quantity", "quantity", "'accuracy'", of=lambda: gnl.plotting.training({"Adam": Y}, "accuracy"))
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -786,7 +869,7 @@ def test_message_obeys_the_law(name):
     assert name in kept, f"{name} is not in the golden file. {REWRITE}"
     kind, _, message = kept[name].partition(": ")
     entry = CASES[name]
-    assert kind in {"TypeError", "ValueError", "NotImplementedError"}
+    assert kind in {"TypeError", "ValueError", "NotImplementedError", "ImportError"}
     missing = [text for text in (entry.names, *entry.came) if text not in message]
     assert not missing, f"{missing} not in: {message}"
     assert TELLS.search(message), f"does not say what to do: {message}"

@@ -473,7 +473,7 @@ def figure(results: Results) -> Figure:
             by_network = tables.group(rows, "network")
             heights = [median(by_network[name,], column) / unit for name in names]
             places = [index + 0.2 * (number - 1.5) for index in range(len(names))]
-            colour, hatch = figures.OKABE_ITO[number], ("", "//", "..", "xx")[number]
+            colour, hatch = gnl.plotting.curve_style(number)["color"], ("", "//", "..", "xx")[number]
             panel.bar(places, heights, width=0.18, label=f"{method}, outputs {outputs}", color=colour, hatch=hatch)
         panel.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)
         panel.set_yscale("log")

@@ -284,7 +284,12 @@ def figure(results: Results) -> Figure:
         heights = [statistics.median(row[name] for row in seeds) for name in names]
         places = [index + 0.25 * (number - 1) for index in range(len(names))]
         panel.bar(
-            places, heights, width=0.23, label=case, color=figures.OKABE_ITO[number], hatch=("", "//", "..")[number]
+            places,
+            heights,
+            width=0.23,
+            label=case,
+            color=gnl.plotting.curve_style(number)["color"],
+            hatch=("", "//", "..")[number],
         )
     panel.set_xticks(range(len(names)), names)
     panel.set_ylabel("gradients of the same batch")

@@ -1,6 +1,17 @@
 """Second-order optimisation for JAX: damped Gauss-Newton and iterative linearisation as optax transforms."""
 
-from gn_linear import damping, diagnostics, filters, losses, periods, plotting, preconditioners, solvers, wrappers
+from gn_linear import (
+    damping,
+    diagnostics,
+    experiments,
+    filters,
+    losses,
+    periods,
+    plotting,
+    preconditioners,
+    solvers,
+    wrappers,
+)
 from gn_linear._filtered_steps import FilteredStepsInfo, filtered_predictions, filtered_steps
 from gn_linear._gauss_newton import GaussNewtonInfo, GaussNewtonState, gauss_newton
 from gn_linear._inspect import anchor, info
@@ -25,6 +36,7 @@ __all__ = [
     "anchor",
     "damping",
     "diagnostics",
+    "experiments",
     "filtered_predictions",
     "filtered_steps",
     "filters",

@@ -6,6 +6,7 @@ message, ``python -m tests.test_error_messages`` rewrites the file.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -792,6 +794,94 @@ call("plotting/histories", "histories", "[1.0, 0.5]", of=lambda: gnl.plotting.tr
 call("plotting/no history", "histories", "{}", of=lambda: gnl.plotting.training({}))
 call("plotting/history", "histories['Adam']", "0.5", of=lambda: gnl.plotting.training({"Adam": 0.5}))
 call("plotting/quantity", "quantity", "'accuracy'", of=lambda: gnl.plotting.training({"Adam": Y}, "accuracy"))
+
+
+# --- experiments ------------------------------------------------------------------------------------------------------
+
+SGD = optax.sgd(0.1)
+
+
+def experiment(**options):
+    fields = {"predict": linear, "init": lambda key: params(), "loss": SQUARED, "inputs": X, "targets": Y, **options}
+    return gnl.experiments.Problem(**fields)
+
+
+def sweep(problem=None, optimiser=SGD, periods=(1,), **options):
+    problem = experiment() if problem is None else problem
+    return gnl.experiments.period_sweep(
+        problem, optimiser, periods, **{"steps": 2, "seeds": 1, "progress": False, **options}
+    )
+
+
+def fewest(metric, problem=None):
+    problem = experiment() if problem is None else problem
+    return gnl.experiments.fewest_updates(problem, SGD, steps=2, seeds=1, tolerance=0.0, metric=metric, progress=False)
+
+
+def in_folder(files, **options):
+    """A sweep in a folder that holds these files and no others, called ``records``."""
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        Path("records").mkdir()
+        for name, text in files.items():
+            (Path("records") / name).write_text(text)
+        sweep(folder="records", **options)
+
+
+def in_the_folder_of_another(**options):
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        sweep(folder="records")
+        sweep(folder="records", **options)
+
+
+call("Problem/predict", "predict", "3", of=lambda: experiment(predict=3))
+call("Problem/accuracy", "accuracy", "'top 1'", of=lambda: experiment(accuracy="top 1"))
+call("Problem/inputs of nothing", "inputs", "{} (a dict)", of=lambda: experiment(inputs={}))
+call("Problem/scalar leaf", "inputs", "leaf ['t']", "0.5", of=lambda: experiment(inputs={"x": X, "t": 0.5}))
+call("Problem/list of targets", "targets", "leaf [0]", "1.0", of=lambda: experiment(targets=[1.0, 2.0]))
+call("Problem/targets of other length", "targets", "(3,)", "4", of=lambda: experiment(targets=floats(3)))
+call("Problem/test targets missing", "test_targets", "None", of=lambda: experiment(test_inputs=X))
+call("Problem/probe inputs missing", "probe_inputs", "None", of=lambda: experiment(probe_targets=Y))
+call("Problem/batch too large", "batch_size", "5", "4", of=lambda: experiment(batch_size=5))
+call("experiments/problem", "problem", "the function linear", of=lambda: sweep(linear))
+call("experiments/optimiser", "optimiser", "the function sgd", of=lambda: sweep(optimiser=optax.sgd))
+call("experiments/seeds twice", "seeds", "[1, 1]", of=lambda: sweep(seeds=[1, 1]))
+call("experiments/seeds of a float", "seeds", "2.5", of=lambda: sweep(seeds=2.5))
+call("experiments/measurements", "measurements", "1", of=lambda: sweep(measurements=1))
+call("experiments/steps", "steps", "2.5", of=lambda: sweep(steps=2.5))
+call("experiments/one period", "periods", "10", of=lambda: sweep(periods=10))
+call("experiments/period of zero", "periods[1]", "0", of=lambda: sweep(periods=[1, 0]))
+call("experiments/periods twice", "periods", "[1, 5, 1]", of=lambda: sweep(periods=[1, 5, 1]))
+call("experiments/folder of another", "folder", "steps is [2]", "[3]", of=lambda: in_the_folder_of_another(steps=3))
+call("experiments/folder without settings", "folder", "runs.jsonl", of=lambda: in_folder({"runs.jsonl": ""}))
+call(
+    "phase_diagram/one length",
+    "steps",
+    "10",
+    of=lambda: gnl.experiments.phase_diagram(experiment(), SGD, steps=10, periods=[1], seeds=1),
+)
+call(
+    "schedules/one rule",
+    "rules",
+    "every(k=2)",
+    of=lambda: gnl.experiments.schedules(experiment(), SGD, gnl.periods.every(2), steps=2, seeds=1),
+)
+call("fewest_updates/metric", "metric", "'accuracy'", of=lambda: fewest("accuracy"))
+call("fewest_updates/metric without values", "metric", "test_loss_f", of=lambda: fewest("test_loss_f"))
+call(
+    "side_by_side/no divisor",
+    "periods",
+    "3",
+    "10",
+    of=lambda: gnl.experiments.side_by_side(experiment(), learning_rate=0.1, periods=[3], steps=10, seeds=1),
+)
+
+
+@case("experiments/broken line", "folder", "line 1", "runs.jsonl")
+def _():
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        sweep(folder="records")
+        (Path("records") / "runs.jsonl").write_text("{\n{}\n")
+        sweep(folder="records")
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

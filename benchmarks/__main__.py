@@ -27,9 +27,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     commands.add_parser("list", help="name the suites")
     run = commands.add_parser("run", help="run one suite")
     run.add_argument("name", metavar="NAME", help="a suite that `list` names")
-    run.add_argument("--quick", action="store_true", help="few steps and one seed: a smoke test, not a measurement")
-    run.add_argument("--seeds", type=positive, metavar="N", help=f"number of seeds (default {DEFAULT_SEEDS}, quick 1)")
+    run.add_argument("--quick", action="store_true", help="few steps and seeds: a smoke test, not a measurement")
+    run.add_argument("--seeds", type=positive, metavar="N", help="number of seeds (default: the suite's)")
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the record and figure (default results/NAME)")
+    run.add_argument("--data", type=folder, metavar="FOLDER", help="folder of data sets that no package ships")
     return parser.parse_args(arguments)
 
 
@@ -50,11 +51,45 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def folder(text: str) -> Path:
+    """Reads the path of a folder that is there.
+
+    Args:
+        text: the word on the command line.
+
+    Returns:
+        The path.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is no such folder.
+    """
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return Path(text)
+
+
 def list_suites() -> None:
     """Prints one line for each suite: its name and what it measures."""
     width = max(map(len, suites.names()))
     for name in suites.names():
         print(f"{name:<{width}}  {suites.description(name)}")
+
+
+def default_seeds(name: str, quick: bool) -> int:
+    """Looks up how many seeds a suite runs where the command line does not say.
+
+    Args:
+        name: the suite's name.
+        quick: whether the run is a smoke test.
+
+    Returns:
+        The number: the suite's own, or else 3, and 1 of a smoke test.
+
+    Raises:
+        KeyError: if there is no such suite.
+    """
+    suite = suites.load(name)
+    return getattr(suite, "QUICK_SEEDS", 1) if quick else getattr(suite, "SEEDS", DEFAULT_SEEDS)
 
 
 def run_suite(name: str, settings: Settings) -> None:
@@ -92,14 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "list":
         list_suites()
         return 0
-    seeds = parsed.seeds or (1 if parsed.quick else DEFAULT_SEEDS)
     out = parsed.out or Path("results") / parsed.name
     try:
         suites.check(parsed.name)
     except KeyError as error:
         print(f"python -m benchmarks: {error.args[0]}", file=sys.stderr)
         return 2
-    run_suite(parsed.name, Settings(quick=parsed.quick, seeds=seeds, out=out))
+    seeds = parsed.seeds or default_seeds(parsed.name, parsed.quick)
+    run_suite(parsed.name, Settings(quick=parsed.quick, seeds=seeds, out=out, data=parsed.data))
     return 0
 
 

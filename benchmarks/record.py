@@ -19,7 +19,7 @@ SCHEMA = 1
 REPOSITORY = Path(__file__).parents[1]
 MEASURED_CODE = ("gn_linear", "benchmarks", "pyproject.toml")
 CORE_PACKAGES = ("gn_linear", "jax", "jaxlib", "optax", "numpy", "scipy")
-PEER_PACKAGES = ("jaxopt", "optimistix", "kfac-jax", "nlls-gram", "randngd", "mlxtend", "scikit-learn")
+PEER_PACKAGES = ("jaxopt", "optimistix", "kfac-jax", "nlls-gram", "randngd", "mlxtend", "mnist1d", "scikit-learn")
 
 
 def make(suite: str, settings: Settings, results: Results) -> dict[str, Any]:

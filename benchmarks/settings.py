@@ -12,8 +12,10 @@ class Settings:
         quick: whether to cut the steps to a smoke test.
         seeds: number of seeds; a suite uses the seeds 0 .. seeds - 1.
         out: folder for what the suite writes.
+        data: folder of data sets that no package ships, or None; most suites need none.
     """
 
     quick: bool
     seeds: int
     out: Path
+    data: Path | None = None

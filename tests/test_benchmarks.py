@@ -2,13 +2,19 @@
 
 import json
 import math
+import pickle
+import random
+import struct
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import data, figures, reach, record, suites, tables, timing
+from benchmarks import data, figures, networks, pickles, reach, record, suites, tables, timing
 from benchmarks.settings import Settings
+from tests.support import assert_close
 
 
 def test_list_names_each_suite_with_its_line(capsys):
@@ -32,6 +38,16 @@ def test_seeds_must_be_a_positive_number(seeds, capsys):
     with pytest.raises(SystemExit):
         command_line.parse(["run", "demo", "--seeds", seeds])
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_data_must_be_a_folder_and_reaches_the_settings(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        command_line.parse(["run", "demo", "--data", str(tmp_path / "none")])
+    assert f"no folder '{tmp_path / 'none'}'" in capsys.readouterr().err
+    seen = []
+    monkeypatch.setattr(command_line, "run_suite", lambda name, settings: seen.append(settings))
+    assert command_line.main(["run", "demo", "--data", str(tmp_path)]) == 0
+    assert seen[0].data == tmp_path
 
 
 @pytest.mark.parametrize("name", suites.names())
@@ -97,6 +113,175 @@ def test_digits_split_is_deterministic_disjoint_and_scaled():
     assert split.train_inputs.min() == 0
     assert split.train_inputs.max() == 1
     assert set(split.train_targets) == set(range(10))
+
+
+def test_xor_is_fresh_for_each_seed_and_labelled_by_the_first_two_signs():
+    split, again, other = data.xor(0, 40, 60), data.xor(0, 40, 60), data.xor(1, 40, 60)
+    assert all(np.array_equal(first, second) for first, second in zip(split, again, strict=True))
+    assert not np.array_equal(split.train_inputs, other.train_inputs)
+    assert split.train_inputs.shape == (40, 30)
+    assert split.test_inputs.shape == (60, 30)
+    assert split.train_inputs.dtype == np.float32
+    for inputs, labels in (split[:2], split[2:]):
+        assert set(inputs.ravel()) == {-1, 1}
+        assert np.array_equal(labels, inputs[:, 0] * inputs[:, 1] < 0)
+    train, test = ({row.tobytes() for row in part} for part in (split.train_inputs, split.test_inputs))
+    assert len(train) == 40
+    assert not train & test
+
+
+def test_mnist1d_is_that_of_its_seed_and_leaves_the_global_generators_alone():
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    split = data.mnist1d(3000)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    assert split.train_inputs.shape == (3000, 40)
+    assert split.test_inputs.shape == (1000, 40)
+    assert split.train_inputs.dtype == np.float32
+    assert split.train_targets[:10].tolist() == [2, 6, 4, 5, 6, 6, 6, 0, 3, 1]
+    assert set(split.train_targets) == set(split.test_targets) == set(range(10))
+    assert 0.9 < split.train_inputs.std() < 1.1
+
+
+def python2_batch(pixels, labels):
+    """The bytes that Python 2 wrote: opcodes of protocol 2, numpy under its old name, text as bytes."""
+
+    def text(value):
+        return b"T" + struct.pack("<I", len(value)) + value
+
+    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNN" + 2 * b"J\xff\xff\xff\xff"
+    shape = b"".join(b"M" + struct.pack("<H", size) for size in pixels.shape) + b"\x86"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+    array += b"(K\x01" + shape + dtype + b"K\x00tb\x89" + text(pixels.tobytes()) + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + text(b"data") + array + text(b"labels") + numbers + b"u."
+
+
+def python3_batch(pixels, labels):
+    return pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": b"a batch"}, protocol=4)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """A folder of the format with four images a file, and its images and labels in order."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / data.CIFAR_FOLDER
+    folder.mkdir()
+    pixels = generator.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
+    labels = generator.integers(0, 10, (6, 4))
+    for number, name in enumerate((*data.CIFAR_BATCHES, data.CIFAR_TEST)):
+        write = python2_batch if number % 2 else python3_batch
+        (folder / name).write_bytes(write(pixels[number], labels[number].tolist()))
+    return folder, pixels, labels
+
+
+def test_cifar_is_read_as_numpy_reads_it(cifar):
+    folder, pixels, labels = cifar
+    for number, name in enumerate(data.CIFAR_BATCHES):
+        theirs = pickle.loads((folder / name).read_bytes(), encoding="bytes")
+        ours = pickles.load(folder / name)
+        assert ours.keys() == theirs.keys()
+        assert np.array_equal(ours[b"data"], theirs[b"data"])
+        assert np.array_equal(ours[b"data"], pixels[number])
+        assert ours[b"labels"] == theirs[b"labels"] == labels[number].tolist()
+
+
+def test_cifar_split_keeps_images_and_labels_together_and_standardises_channels(cifar):
+    folder, pixels, labels = cifar
+    split, nested = data.cifar10(folder, train=16, test=3), data.cifar10(folder.parent, train=16, test=3)
+    assert all(np.array_equal(first, second) for first, second in zip(split, nested, strict=True))
+    assert split.train_inputs.shape == (16, 32, 32, 3)
+    assert split.test_inputs.shape == (3, 32, 32, 3)
+    assert split.train_inputs.dtype == split.test_inputs.dtype == np.float32
+    assert_close(split.train_inputs.mean((0, 1, 2)), np.zeros(3), scale=1.0)
+    assert_close(split.train_inputs.std((0, 1, 2)), np.ones(3))
+    # Standardising a channel keeps the order of its values, by which an image is found again.
+    known = {np.argsort(image[:1024], kind="stable").tobytes(): label for image, label in images_of(pixels, labels)}
+    found = [known[np.argsort(image[..., 0].ravel(), kind="stable").tobytes()] for image in split.train_inputs]
+    assert found == split.train_targets.tolist()
+    assert len({image.tobytes() for image in split.train_inputs}) == 16
+
+
+def images_of(pixels, labels):
+    return zip(pixels.reshape(-1, 3072), labels.ravel().tolist(), strict=True)
+
+
+def broken_batch(change):
+    pixels, labels = np.zeros((2, 3072), np.uint8), [0, 1]
+    return pickle.dumps(change({b"data": pixels, b"labels": labels}), protocol=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (broken_batch(lambda batch: {b"data": batch[b"data"]}), r"must hold \[b'labels'\], but holds \[b'data'\]"),
+        (broken_batch(lambda batch: batch | {b"data": np.zeros((2, 9), np.uint8)}), r"uint8 of shape \(2, 9\)"),
+        (broken_batch(lambda batch: batch | {b"data": np.zeros((2, 3072))}), r"float64 of shape \(2, 3072\)"),
+        (broken_batch(lambda batch: batch | {b"labels": [0]}), "2 labels, but is a list of 1"),
+        (broken_batch(lambda batch: batch | {b"labels": [0, 10]}), "one is 10"),
+        (broken_batch(lambda batch: [batch]), "holds a list"),
+        (broken_batch(lambda batch: batch | {b"data": np.array([{}, {}])}), "dtype 'O8' is not that of numbers"),
+        (broken_batch(lambda batch: batch)[:-40], "not a pickle of plain"),
+        (b"", "not a pickle of plain"),
+    ],
+)
+def test_cifar_says_what_is_wrong_with_a_file(cifar, content, message):
+    folder, _, _ = cifar
+    (folder / "data_batch_3").write_bytes(content)
+    with pytest.raises(ValueError, match=f"data_batch_3.*{message}"):
+        data.cifar10(folder)
+
+
+def test_cifar_names_the_files_that_are_missing(cifar):
+    folder, _, _ = cifar
+    (folder / "data_batch_2").unlink()
+    (folder / "test_batch").unlink()
+    with pytest.raises(FileNotFoundError, match="has no data_batch_2, test_batch; give the unpacked folder"):
+        data.cifar10(folder)
+
+
+class Touches:
+    """Pickles as a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickles_run_nothing(tmp_path):
+    file, touched = tmp_path / "hostile", tmp_path / "touched"
+    hostile = pickle.dumps({b"data": Touches(touched)}, protocol=4)
+    pickle.loads(hostile)[b"data"].close()
+    assert touched.exists()  # so the file is what it should be
+    touched.unlink()
+    file.write_bytes(hostile)
+    with pytest.raises(ValueError, match=r"it asks for (_?io|builtins)\.open"):
+        pickles.load(file)
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes"),
+    [((2, 8, 3), ((5, 3, 4), (16, 2))), ((2, 4, 6, 3), ((2, 3, 3, 4), (24, 2)))],
+    ids=["1-d", "2-d"],
+)
+def test_convolutional_network_is_that_of_xla(inputs, shapes):
+    params = networks.init_layers(jax.random.key(0), shapes, networks.HE)
+    params[0]["b"] += 0.1
+    x = jax.random.normal(jax.random.key(1), inputs)
+    axes = "HW"[: x.ndim - 2]
+    layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    product = jax.lax.conv_general_dilated(x, params[0]["w"], (2,) * len(axes), "SAME", dimension_numbers=layout)
+    hidden = np.maximum(product + params[0]["b"], 0).reshape(2, -1)
+    wanted = hidden @ params[1]["w"] + params[1]["b"]
+    assert_close(networks.convolutional(jax.nn.relu)(params, x), wanted, size=shapes[1][0])
+
+
+def test_weights_have_the_variance_of_their_fan_in():
+    layer = networks.init_layers(jax.random.key(0), ((5, 8, 500),), networks.HE)[0]
+    assert abs(jnp.std(layer["w"]) * math.sqrt(40 / 2) - 1) < 0.02  # six times what 20,000 draws leave open
+    assert layer["b"].shape == (500,)
 
 
 def test_batch_order_is_seeded_and_uses_each_example_once_per_epoch():
@@ -239,3 +424,50 @@ def test_ntk_methods_take_turns_and_slow_ones_fewer():
     assert warm == first == [keys[0], keys[2]]
     assert second == [keys[2], keys[0]]
     assert third == [keys[2], keys[3], keys[0], keys[1]]
+
+
+def test_feature_learning_runs_judges_and_goes_on(monkeypatch, tmp_path):
+    suite = suites.load("feature-learning")
+    tiny = suite.Case(
+        "XOR",
+        lambda seed: data.xor(seed, 20, 20),
+        True,
+        networks.mlp(jax.nn.relu),
+        suite.perceptron(30, 3, 2),
+        20,
+        (0.1,),
+    )
+    monkeypatch.setattr(suite, "cases", lambda settings: [tiny])
+    monkeypatch.setattr(suite, "QUICK_SWEPT", (10,))
+    monkeypatch.setattr(suite, "QUICK_DAMPED", (2,))
+    settings = Settings(quick=True, seeds=1, out=tmp_path)
+    results = record.plain(suite.run(settings))
+    sweep = suite.of(results["runs"], "period_sweep")
+    assert [row["feature_updates"] for row in sweep] == [20, 10, 1]
+    assert {row["seed"] for row in results["runs"]} == {suite.FIRST_SEED}
+    assert [(row["claim"], row["passed"] is None) for row in results["claims"]] == [
+        ("i", False),
+        ("ii", False),
+        ("iii", False),
+        ("iv", True),
+    ]
+    printed = suite.table(results)
+    assert "(iv) damping controls feature learning and generalisation | not decided" in printed
+    assert "CIFAR-10: skipped" in printed
+    assert len(suite.figure(results).axes) == 4
+    assert json.loads(json.dumps(results)) == results
+    assert record.plain(suite.run(settings)) == results  # seconds, too: nothing was run again
+
+
+def test_feature_learning_has_cifar_only_where_it_is_given(cifar):
+    suite = suites.load("feature-learning")
+    without, given = (
+        suite.cases(Settings(quick=False, seeds=1, out=cifar[0], data=folder)) for folder in (None, cifar[0])
+    )
+    assert [case.name for case in given] == [*(case.name for case in without), "CIFAR-10"]
+    for case in given:
+        assert all(case.steps % updates == 0 for updates in (*suite.SWEPT, *suite.DAMPED))
+    for case, classes in ((given[0], 2), (given[-2], 10), (given[-1], 10)):
+        inputs, labels, _, _ = case.split(0)
+        outputs = jax.eval_shape(lambda key, x, case=case: case.predict(case.init(key), x), jax.random.key(0), inputs)
+        assert outputs.shape == (len(labels), classes)

@@ -9,7 +9,9 @@ A suite is a module with
 - `table(results) -> str`: what is printed at the end, from the rows alone;
 - `figure(results) -> matplotlib.figure.Figure`: what is saved, from the rows alone.
 
-The last two see the rows as the record holds them: a number that is not finite has become None.
+It may have `SEEDS` and `QUICK_SEEDS`, the number of seeds where the command line gives none, instead of 3 and 1.
+
+`table` and `figure` see the rows as the record holds them: a number that is not finite has become None.
 
 The module `feature_learning.py` is the suite `feature-learning`. Import peers inside the functions that use them.
 """

@@ -107,15 +107,7 @@ def init_layers(shapes: tuple[tuple[int, ...], ...]) -> Callable[[jax.Array], An
     Returns:
         The function.
     """
-
-    def init(key: jax.Array) -> Any:
-        layers = []
-        for layer_key, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True):
-            weights = jax.random.normal(layer_key, shape) / np.prod(shape[:-1]) ** 0.5
-            layers.append({"w": weights, "b": jnp.zeros(shape[-1])})
-        return layers
-
-    return init
+    return lambda key: networks.init_layers(key, shapes, networks.LECUN)
 
 
 def lenet(params: Any, images: jax.Array) -> jax.Array:

@@ -247,6 +247,23 @@ def numbers_computed(predict: Predict, params: Params, inputs: Inputs) -> int:
     return sum(math.prod(getattr(var.aval, "shape", ())) for step in program.steps for var in step.eqn.outvars)
 
 
+def coarsest_rounding(predict: Predict, params: Params, inputs: Inputs) -> float:
+    """The relative rounding of the narrowest float dtype that an evaluation passes through.
+
+    Args:
+        predict: the model.
+        params: the parameters, or their shapes and dtypes.
+        inputs: a batch, or its shapes and dtypes.
+
+    Returns:
+        The rounding; 0 if nothing is computed.
+    """
+    program = flattened(jax.make_jaxpr(predict)(params, inputs))
+    dtypes = {getattr(var.aval, "dtype", None) for step in program.steps for var in step.eqn.outvars}
+    floats = [dtype for dtype in dtypes if dtype is not None and jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floats), default=0.0)
+
+
 def check_independent(predict: Predict, params: Params, inputs: Inputs) -> None:
     """Raise if ``predict`` mixes the examples of a batch, by comparing the batch with its examples one by one.
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gn_linear import _tree
+from gn_linear import _capture, _tree
 from gn_linear._krylov import is_shift, product_rounding
 from gn_linear._typing import Count, Flag, Params, Scalar
 from gn_linear.curvature import LinearisedProblem
@@ -135,16 +135,24 @@ def _equations(
 ) -> tuple[Equations, Scalar]:
     largest = _tree.max_abs(rhs)
     dtype = largest.dtype
-    size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
-    gradient = _tree.flatten(problem.output_gradient, dtype) / size
-    gradient = jnp.where(largest == 0, jnp.zeros_like(gradient), gradient)
-    scaled, own = _tree.flatten(rhs, dtype) / size, pull(gradient)
+    size = _or_one(largest)
+    outputs, scaled = _tree.flatten(problem.output_gradient, dtype), _tree.flatten(rhs, dtype) / size
+    unit = outputs / _or_one(_tree.max_abs(outputs))
+    direction = pull(unit)
+    length = _or_one(_tree.norm(direction))
+    # As much of this batch's gradient as there is: after clipping, what is left over would drown in its rounding.
+    share = jnp.vdot(scaled, direction / length) / length
+    gradient, own = share * unit, share * direction
     rest = scaled - own
     # What the incoming gradient holds beside this batch's own is often nothing but rounding.
     rounding = 64 * jnp.finfo(dtype).eps * (_tree.norm(scaled) + _tree.norm(own))
     rest = jnp.where(_tree.norm(rest) <= rounding, jnp.zeros_like(rest), rest)
     weights = _weights(problem, dtype)
-    return Equations(push, pull, *roots(problem, dtype), gradient, rest, weights, consistent(gradient)), size
+    return Equations(push, pull, *roots(problem, dtype), gradient, rest, weights, consistent(unit)), size
+
+
+def _or_one(size: Scalar) -> Scalar:
+    return jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
 
 
 def _products(problem: LinearisedProblem) -> tuple[Operator, Operator]:
@@ -163,7 +171,8 @@ def _products(problem: LinearisedProblem) -> tuple[Operator, Operator]:
 def _agree(problem: LinearisedProblem, alone: jax.Array, together: jax.Array, size: jax.Array) -> Flag:
     """Whether two roads lead to one vector, which is a sum of terms of this size."""
     # Half of the digits: rounding is far below, and what examples have to do with each other is not.
-    return ~(_tree.norm(together - alone) > product_rounding(problem) ** 0.5 * _tree.norm(size))
+    inside = _capture.coarsest_rounding(problem.predict, problem.params, problem.inputs)
+    return ~(_tree.norm(together - alone) > max(product_rounding(problem), inside) ** 0.5 * _tree.norm(size))
 
 
 def in_sample_space(problem: LinearisedProblem, in_outputs: bool | None) -> bool:

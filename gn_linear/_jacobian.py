@@ -35,7 +35,7 @@ def jacobian(predict: Predict, params: Params, inputs: Inputs, linearisation: Li
     outputs = linearisation.outputs
     lengths = _lengths(predict, params, inputs, outputs)
     if not lengths:
-        return _rows_of_batch(linearisation, _tree.scalar_dtype(params))
+        return _rows_of_batch(params, linearisation)
     found = {length: iter(_rows_by_example(predict, params, inputs, outputs, length)) for length in lengths}
     blocks = [next(found[leaf.shape[0]]) for leaf in jax.tree.leaves(outputs)]
     wide = [_tree.whole(block) for block in blocks]
@@ -81,7 +81,7 @@ def _lengths(predict: Predict, params: Params, inputs: Inputs, outputs: Outputs)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), inputs)
     try:
         alone = jax.eval_shape(predict, params, one)
-    except (TypeError, ValueError, IndexError):  # such as for a random key cut in two
+    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError):  # such as for a random key cut in two
         return None
     expected = jax.tree.map(lambda x: (1, *x.shape[1:]), outputs)
     return tuple(sorted(n for (n,) in lengths)) if jax.tree.map(lambda x: x.shape, alone) == expected else None
@@ -121,10 +121,21 @@ def _rows(model: Callable[[Params], list[jax.Array]], params: Params) -> list[ja
     return [jax.vmap(lambda unit, i=i: pulled(i, unit))(rows) for i, rows in enumerate(units)]
 
 
-def _rows_of_batch(linearisation: Linearisation, dtype: Any) -> jax.Array:
+def _rows_of_batch(params: Params, linearisation: Linearisation) -> jax.Array:
+    """Row by row through the whole batch, or column by column where there are fewer parameters."""
     leaves, structure = jax.tree.flatten(linearisation.outputs)
     ends = np.cumsum([leaf.size for leaf in leaves])
     size = int(ends[-1]) if leaves else 0
+    dtype, count = _tree.scalar_dtype(params), sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+
+    if count < size:
+        units = jnp.eye(count, dtype=dtype)
+        columns = jax.lax.map(
+            lambda unit: _tree.flatten(linearisation.jvp(_tree.unflatten(unit, params)), dtype),
+            units,
+            batch_size=min(ROWS_AT_ONCE, max(count, 1)),
+        )
+        return columns.T
 
     def row(index: jax.Array) -> jax.Array:
         parts = [

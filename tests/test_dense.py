@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import gn_linear as gnl
+from gn_linear.curvature import linearised_problem
 from gn_linear.solvers import QR, Cholesky
 from tests import oracles_dense as checks
-from tests.support import PROBLEMS
+from tests.support import PROBLEMS, assert_close, condition
 
 SOLVERS = {"Cholesky": Cholesky, "QR": QR}
 SOLVER = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -115,3 +116,44 @@ def test_model_that_mixes_examples_is_refused(solver):
     updates, state = jax.jit(optimiser.update)(grads, optimiser.init(params), params, inputs=x, targets=y)
     assert state.info.refusal == gnl.Refusal.SOLVER
     assert not np.any(updates)
+
+
+@EITHER
+@pytest.mark.parametrize("size", [1e-3, 1e4, 1e8])
+def test_gradient_that_was_clipped_far_down(solver, size):
+    """In float32, by a clip that leaves one part in up to 1e8: the step is that of the clipped gradient."""
+    x, y = (a.astype(np.float32) for a in checks.draw(14, 6, 9))
+    y = y * np.float32(size)
+    gradient = -x.T.astype(np.float64) @ y.astype(np.float64) / 6
+    clipped = gradient / np.linalg.norm(gradient)
+    result = checks.affine_solve(solver, x, y, np.float32(0.1), clipped.astype(np.float32))
+    matrix = x.T.astype(np.float64) @ x.astype(np.float64) / 6
+    expected = -np.linalg.solve(matrix + 0.1 * np.eye(9), clipped)
+    assert_close(result.step, expected, size=54, condition=condition(matrix, 0.1))
+
+
+@EITHER
+def test_model_that_computes_in_half_precision(solver):
+    """Parameters, inputs and outputs in float32, products in bfloat16: examples do not mix, whatever rounding says."""
+    x, y = (jnp.asarray(a, jnp.float32) for a in checks.draw(15, 12, 3))
+    params = jnp.ones((3, 4), jnp.float32)
+
+    def predict(p, x):
+        return jnp.tanh(x.astype(jnp.bfloat16) @ p.astype(jnp.bfloat16)).astype(jnp.float32).sum(1)
+
+    loss = gnl.losses.squared_error
+    optimiser = gnl.gauss_newton(predict, loss, solver=solver)
+    grads = jax.grad(lambda p: loss(predict(p, x), y))(params)
+    updates, state = jax.jit(optimiser.update)(grads, optimiser.init(params), params, inputs=x, targets=y)
+    assert bool(state.info.accepted)
+    assert np.any(updates)
+
+
+def test_models_that_refuse_one_example_are_taken_whole():
+    def predict(p, x):
+        assert x.shape[0] == 4
+        return x @ p
+
+    x, y = checks.draw(16, 4, 3)
+    problem = linearised_problem(predict, gnl.losses.squared_error, jnp.zeros(3), jnp.asarray(x), targets=y)
+    assert_close(problem.jacobian(), x, size=3)

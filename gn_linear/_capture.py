@@ -130,7 +130,7 @@ def trace_structure(predict: Predict, params: Params, inputs: Inputs) -> Structu
     _tree.check_float_leaves(params, "params")
     if not jax.tree.leaves(params):
         raise ValueError(f"params must have at least one float leaf, but is {_tree.described(params)}.")
-    _check_batch(inputs)
+    check_batch(inputs)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), params)
     example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)), inputs)
     program = flattened(jax.make_jaxpr(functools.partial(_one, predict))(spec, example))
@@ -160,7 +160,7 @@ def factors(structure: Structure, params: Params, inputs: Inputs) -> Factors:
         ValueError: ``params`` has other shapes, or the leading axis of an input is not the example.
     """
     _tree.check_same_shapes(params, structure.params, "params", "the params of the structure")
-    _check_batch(inputs)
+    check_batch(inputs)
     spec = jax.tree.leaves(structure.params)
     weights = [jnp.asarray(leaf, like.dtype) for leaf, like in zip(jax.tree.leaves(params), spec, strict=True)]
     example = functools.partial(_factors_of_one, structure, weights)
@@ -279,7 +279,7 @@ def check_independent(predict: Predict, params: Params, inputs: Inputs) -> None:
     Raises:
         ValueError: the outputs of an example depend on the others.
     """
-    _check_batch(inputs)
+    check_batch(inputs)
     with jax.default_matmul_precision("highest"):
         together = predict(params, inputs)
         apart = jax.vmap(functools.partial(_one, predict), (None, 0))(params, inputs)
@@ -308,7 +308,8 @@ def _differ(together: Any, apart: Any) -> bool:
 # --- one example -----------------------------------------------------------------------------------------------------
 
 
-def _check_batch(inputs: Inputs) -> None:
+def check_batch(inputs: Inputs) -> None:
+    """Raise unless every leaf has the same number of examples on its leading axis."""
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
         if np.ndim(leaf) == 0:
@@ -461,7 +462,7 @@ def _by_gradients(a: jax.Array, b: jax.Array, other_a: jax.Array, other_b: jax.A
 
     def part(columns: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows = [_einsum("nti,ncto->ncio", x, y) for x, y in zip(columns, (b, other_b), strict=True)]
-        return _rows(*(x.reshape(*x.shape[:2], -1) for x in rows))
+        return _rows(*(x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) for x in rows))
 
     entries = (a.shape[0] + other_a.shape[0]) * b.shape[1] * b.shape[3]
     size = min(max(_LARGEST // max(entries, 1), 1), a.shape[2])

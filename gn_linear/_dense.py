@@ -82,7 +82,10 @@ class Equations(NamedTuple):
         none = jnp.zeros_like(self.rest)
         step = jax.lax.fori_loop(0, 1 + REFINEMENTS, correct, none)
         before, after = _tree.norm(self.residual(none, damping)), _tree.norm(self.residual(step, damping))
-        return step, (after < before) | (before == 0)
+        # Without damping a slope without curvature stays in the residual, however small a part of it.
+        undamped = jnp.max(self.weights, initial=0.0) + damping <= 0
+        limit = before * jnp.where(undamped, jnp.finfo(before.dtype).eps ** 0.5, 1.0).astype(before.dtype)
+        return step, (after < limit) | (before == 0)
 
     @property
     def finite(self) -> Flag:

@@ -11,6 +11,7 @@ import numpy as np
 from gn_linear import _tree
 from gn_linear._capture import (
     Factors,
+    check_batch,
     check_independent,
     factors,
     folded,
@@ -218,7 +219,8 @@ def ntk_vector_product(
     Raises:
         TypeError: ``predict`` is not a function, a leaf is not a float array, ``block_size`` is not an int.
         ValueError: ``vector`` differs from the outputs in structure or shape, or blocks are needed and ``predict``
-            mixes the examples of a batch (seen where values are known, so not inside ``jit``).
+            mixes the examples of a batch. This is seen where values are known, so not inside ``jit``: there the
+            product with a batch that is cut is that of its blocks.
 
     Example:
         >>> import jax.numpy as jnp
@@ -245,7 +247,7 @@ def _size_of_blocks(predict: Predict, params: Params, inputs: Inputs, block_size
     numbers = LARGEST if block_size else numbers_computed(predict, params, inputs)
     if block_size is None and numbers <= LARGEST:
         return None
-    check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], inputs))
+    _check_some(predict, params, inputs)
     count = _examples(inputs)
     size = block_size or max(1, count * LARGEST // numbers)
     return size if size < count else None
@@ -422,7 +424,12 @@ def _check(predict: Predict, params: Params, batches: tuple[Inputs, ...], block_
     _tree.check_float_leaves(params, "params")
     for batch in batches:
         if batch is not None:
-            check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], batch))
+            _check_some(predict, params, batch)
+
+
+def _check_some(predict: Predict, params: Params, inputs: Inputs) -> None:
+    check_batch(inputs)
+    check_independent(predict, params, jax.tree.map(lambda x: x[:PROBED], inputs))
 
 
 def _masked(predict: Predict, params: Params, mask: Any) -> tuple[Predict, Params]:

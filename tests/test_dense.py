@@ -157,3 +157,14 @@ def test_models_that_refuse_one_example_are_taken_whole():
     x, y = checks.draw(16, 4, 3)
     problem = linearised_problem(predict, gnl.losses.squared_error, jnp.zeros(3), jnp.asarray(x), targets=y)
     assert_close(problem.jacobian(), x, size=3)
+
+
+@pytest.mark.parametrize("solver", [Cholesky(False), Cholesky(True), QR(True)])
+def test_small_slope_without_curvature_gives_no_step_without_damping(solver):
+    """More parameters than outputs, and a decay of a thousandth of the gradient that no output sees."""
+    x, y = (a.astype(np.float32) for a in checks.draw(6, 4, 6))
+    own = -x.T @ y / 4
+    decay = 1e-3 * np.linalg.norm(own) * np.ones(6, np.float32) / np.sqrt(np.float32(6))
+    result = checks.affine_solve(solver, x, y, np.float32(0.0), own + decay)
+    assert int(result.status) == gnl.solvers.Status.NON_POSITIVE_CURVATURE
+    assert not np.any(result.step)

@@ -39,6 +39,17 @@ def dense_gram(predict, params, inputs, others=None):
     return np.einsum("ncp,mdp->ncmd", left, right)
 
 
+def captured(predict, params, inputs):
+    """The factors and their Gram matrix, in one compilation."""
+
+    @jax.jit
+    def both(params, inputs):
+        factors = _capture.capture(predict, params, inputs)
+        return factors, _capture.gram(factors)
+
+    return both(params, inputs)
+
+
 def assert_same(actual, desired):
     actual = np.asarray(actual)
     assert actual.shape == desired.shape
@@ -569,10 +580,10 @@ KINDS = ("product", "bias", "none")
 @pytest.mark.parametrize("name", CASES)
 def test_gram_is_that_of_the_dense_jacobian(name):
     predict, params, inputs, found = CASES[name]()
-    factors = jax.jit(functools.partial(_capture.capture, predict))(params, inputs)
+    factors, gram = captured(predict, params, inputs)
     assert kinds(factors.leaves) == found
     assert factors.reasons == {leaf: reason for leaf, reason in found.items() if reason not in KINDS}
-    assert_same(jax.jit(_capture.gram)(factors), dense_gram(predict, params, inputs))
+    assert_same(gram, dense_gram(predict, params, inputs))
 
 
 class Layer(NamedTuple):
@@ -621,13 +632,13 @@ def test_random_networks(layers, width, positions, sizes, seed):
         return h.sum(1) @ p["out"]
 
     x = jnp.asarray(values.normal(size=(examples, positions, features)))
-    factors = jax.jit(functools.partial(_capture.capture, predict))(params, x)
+    factors, gram = captured(predict, params, x)
     for k in range(3):
         ways = [transposed for weight, transposed in used if weight == k]
         # A single entry has no axes to confuse.
         expected = "none" if not ways else TIED if len(ways) == 2 and width > 1 else "product"
         assert kinds(factors.leaves)[f"['w'][{k}]"] == expected
-    assert_same(_capture.gram(factors), dense_gram(predict, params, x))
+    assert_same(gram, dense_gram(predict, params, x))
 
 
 @pytest.mark.parametrize("largest", [1, 288, 2**25])
@@ -656,10 +667,11 @@ def test_blocks_of_one_structure():
     structure = _capture.trace_structure(predict, params, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
     factors = jax.jit(functools.partial(_capture.factors, structure))
     first, rest = factors(params, inputs[:1]), factors(params, inputs[1:])
-    assert_same(_capture.gram(first, rest), dense_gram(predict, params, inputs[:1], inputs[1:]))
-    assert_same(_capture.gram(rest), dense_gram(predict, params, inputs[1:]))
+    gram = jax.jit(_capture.gram)
+    assert_same(gram(first, rest), dense_gram(predict, params, inputs[:1], inputs[1:]))
+    assert_same(gram(rest), dense_gram(predict, params, inputs[1:]))
     other = jax.tree.map(lambda p: 2 * p, params)
-    assert_same(_capture.gram(factors(other, inputs)), dense_gram(predict, other, inputs))
+    assert_same(gram(factors(other, inputs)), dense_gram(predict, other, inputs))
 
 
 def test_under_transformations():
@@ -679,7 +691,8 @@ def test_under_transformations():
         lambda f: jax.lax.map(lambda scale: f(MLP, scale, X), scales),
         lambda f: ravel_pytree(jax.grad(f)(MLP, scales[0], X))[0],
     ):
-        assert_same(jax.jit(transformed, static_argnums=0)(trace_of_gram), np.asarray(transformed(reference)))
+        got, want = jax.jit(lambda apply=transformed: (apply(trace_of_gram), apply(reference)))()
+        assert_same(got, np.asarray(want))
 
 
 def test_no_array_has_the_size_of_a_jacobian():
@@ -697,7 +710,7 @@ def test_no_array_has_the_size_of_a_jacobian():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_narrow_dtypes_are_summed_in_float32(dtype):
     params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (MLP, X))
-    found = _capture.gram(_capture.capture(mlp, params, x))
+    found = jax.jit(lambda p, x: _capture.gram(_capture.capture(mlp, p, x)))(params, x)
     assert found.dtype == jnp.float32
     wide = dense_gram(mlp, *jax.tree.map(lambda leaf: leaf.astype(float), (params, x)))
     assert np.max(np.abs(found - wide)) <= 16 * float(jnp.finfo(dtype).eps) * np.max(np.abs(wide))
@@ -711,10 +724,10 @@ def test_mixed_precision():
         return h.astype(jnp.float32) @ p["v"] + p["c"]
 
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), MLP)
-    factors = _capture.capture(predict, params, X)
+    factors, gram = captured(predict, params, X)
     assert kinds(factors.leaves) == MLP_FOUND
     wide = dense_gram(mlp, MLP, X)
-    assert np.max(np.abs(_capture.gram(factors) - wide)) <= 16 * float(jnp.finfo(jnp.bfloat16).eps) * np.max(wide)
+    assert np.max(np.abs(gram - wide)) <= 16 * float(jnp.finfo(jnp.bfloat16).eps) * np.max(wide)
 
 
 def test_examples_with_keys_of_their_own():
@@ -726,15 +739,15 @@ def test_examples_with_keys_of_their_own():
 
     inputs = {"x": X, "key": keys}
     params = {"w": MLP["w"], "v": MLP["v"]}
-    factors = _capture.capture(predict, params, inputs)
+    factors, gram = captured(predict, params, inputs)
     assert kinds(factors.leaves) == {"['v']": "product", "['w']": "product"}
-    assert_same(_capture.gram(factors), dense_gram(predict, params, inputs))
+    assert_same(gram, dense_gram(predict, params, inputs))
 
 
 def test_factors_give_the_gradients():
     """Activations and cotangents in the order of the leaf; a bias in the leaf's own."""
-    factors = _capture.capture(mlp, MLP, X)
-    jacobian = jax.vmap(lambda x: jax.jacrev(lambda p: mlp(p, x[None])[0])(MLP))(X)
+    factors, _ = captured(mlp, MLP, X)
+    jacobian = jax.jit(jax.vmap(jax.jacrev(lambda p, x: mlp(p, x[None])[0]), (None, 0)))(MLP, X)
     for a, b, exact in zip(factors.activations, factors.cotangents, jax.tree.leaves(jacobian), strict=True):
         rows = b if a is None else jnp.einsum("nti,ncto->ncio", a, b)
         assert_same(rows.reshape(exact.shape), np.asarray(exact))

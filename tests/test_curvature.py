@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
 from gn_linear import _jacobian, _tree, curvature
-from tests.support import PROBLEMS, assert_close, dense, flat, l2_diagonal, tolerance, unflatten_like
+from tests.support import PROBLEMS, assert_close, dense, dense_jacobian, flat, l2_diagonal, tolerance, unflatten_like
 
 PENALTIES = {
     "none": lambda params: 0.0,
@@ -213,9 +212,9 @@ def test_jacobian_of_examples_that_cannot_be_told_apart(kind):
     params = jnp.asarray([0.3, -0.2, 0.5])
     problem = curvature.linearised_problem(predict, gnl.losses.squared_error, params, inputs)
     assert _jacobian._lengths(predict, params, inputs, problem.linearisation.outputs) is None
-    dense_jacobian = jax.jacfwd(lambda p: predict(p, inputs))(params)
-    assert_close(problem.jacobian(), dense_jacobian, size=6)
-    assert_close(problem.gram(), dense_jacobian @ dense_jacobian.T, size=6)
+    expected = dense_jacobian(predict, params, inputs)
+    assert_close(problem.jacobian(), expected, size=6)
+    assert_close(problem.gram(), expected @ expected.T, size=6)
 
 
 @pytest.mark.parametrize("name", ["softmax_labels", "two_heads", "decay", "affine"])
@@ -281,12 +280,16 @@ def test_points_of_several_kinds_are_taken_one_by_one():
         calls.append({name: len(part) for name, part in points.items()})
         return heat(params, points)
 
-    problem = curvature.linearised_problem(predict, gnl.losses.squared_error, HEAT, POINTS)
-    calls.clear()
-    matrix, gram = problem.jacobian(), problem.gram()
+    @jax.jit
+    def matrices(params, points):
+        problem = curvature.linearised_problem(predict, gnl.losses.squared_error, params, points)
+        calls.clear()
+        return problem.jacobian(), problem.gram()
+
+    matrix, gram = matrices(HEAT, POINTS)
+    assert calls
     assert all(counts == {"inside": 1, "boundary": 1} for counts in calls)
-    flat, unravel = ravel_pytree(HEAT)
-    expected = jax.jacfwd(lambda vector: ravel_pytree(heat(unravel(vector), POINTS))[0])(flat)
+    expected = dense_jacobian(heat, HEAT, POINTS)
     assert_close(matrix, expected, size=expected.size)
     assert_close(gram, expected @ expected.T, size=expected.size)
 

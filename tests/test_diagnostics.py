@@ -48,23 +48,27 @@ def dense(name, x, keep=None):
         outputs = predict({**params, **unravel(v)}, x)
         return jnp.concatenate([leaf.reshape(len(x), -1) for leaf in jax.tree.leaves(outputs)], axis=1)
 
-    return np.asarray(jax.jacrev(flat)(vector))
+    return np.asarray(jax.jit(jax.jacrev(flat))(vector))
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 3, N])
 @pytest.mark.parametrize("name", MODELS)
 def test_kernel_is_that_of_the_jacobian(name, block_size):
     predict, params = MODELS[name]
-    ntk = lambda *batches, **options: gnl.diagnostics.empirical_ntk(  # noqa: E731
-        predict, params, *batches, block_size=block_size, **options
-    )
+    ntk = functools.partial(gnl.diagnostics.empirical_ntk, predict, params, block_size=block_size)
+
+    @jax.jit
+    def kernels(x, y):
+        return (ntk(x), ntk(x, y)), (ntk(x, trace=True), ntk(x, y, trace=True)), ntk(x, y, output=2)
+
+    full, averaged, of_one = kernels(X["x"], X["y"])
     j, k = dense(name, X["x"]), dense(name, X["y"])
     size = j.shape[2]
-    for got, other in ((ntk(X["x"]), j), (ntk(X["x"], X["y"]), k)):
+    for got, other in zip(full, (j, k), strict=True):
         assert_close(got, np.einsum("icp,jdp->ijcd", j, other), size=size)
-    for got, other in ((ntk(X["x"], trace=True), j), (ntk(X["x"], X["y"], trace=True), k)):
+    for got, other in zip(averaged, (j, k), strict=True):
         assert_close(got, np.einsum("icp,jcp->ij", j, other) / j.shape[1], size=size)
-    assert_close(ntk(X["x"], X["y"], output=2), np.einsum("ip,jp->ij", j[:, 2], k[:, 2]), size=size)
+    assert_close(of_one, np.einsum("ip,jp->ij", j[:, 2], k[:, 2]), size=size)
 
 
 @pytest.mark.parametrize("keep", [{"w"}, {"b", "v"}])
@@ -102,10 +106,18 @@ def test_under_jit_and_in_float32():
 @pytest.mark.parametrize("name", MODELS)
 def test_shares_of_the_leaves_and_the_diagonal(name, block_size):
     predict, params = MODELS[name]
-    options = {"block_size": block_size}
-    for others in ((), (X["y"],)):
-        shares = gnl.diagnostics.ntk_by_leaf(predict, params, X["x"], *others, **options)
-        averaged = gnl.diagnostics.ntk_by_leaf(predict, params, X["x"], *others, trace=True, **options)
+    by_leaf, diagonal = (
+        functools.partial(function, predict, params, block_size=block_size)
+        for function in (gnl.diagnostics.ntk_by_leaf, gnl.diagnostics.ntk_diagonal)
+    )
+
+    @jax.jit
+    def measured(x, y):
+        kernels = [(by_leaf(x, *others), by_leaf(x, *others, trace=True)) for others in ((), (y,))]
+        return kernels, diagonal(x), diagonal(x, trace=True)
+
+    kernels, each, mean = measured(X["x"], X["y"])
+    for others, (shares, averaged) in zip(((), (X["y"],)), kernels, strict=True):
         for key in params:
             j, k = (dense(name, x, {key}) for x in (X["x"], *(others or (X["x"],))))
             expected = np.einsum("icp,jdp->ijcd", j, k)
@@ -113,10 +125,8 @@ def test_shares_of_the_leaves_and_the_diagonal(name, block_size):
             assert_close(averaged[key], np.einsum("ijcc->ij", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
     j = dense(name, X["x"])
     expected = np.einsum("icp,idp->icd", j, j)
-    got = gnl.diagnostics.ntk_diagonal(predict, params, X["x"], **options)
-    assert_close(got, expected, size=j.shape[2])
-    got = gnl.diagnostics.ntk_diagonal(predict, params, X["x"], trace=True, **options)
-    assert_close(got, np.einsum("icc->i", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
+    assert_close(each, expected, size=j.shape[2])
+    assert_close(mean, np.einsum("icc->i", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -127,8 +137,8 @@ def test_every_dtype_gives_a_positive_semidefinite_kernel(name, dtype):
     narrow, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, X["x"]))
     kernel = gnl.diagnostics.empirical_ntk(predict, narrow, x)
     assert kernel.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
-    exact = gnl.diagnostics.empirical_ntk(predict, params, X["x"])
-    assert_close(kernel, exact, size=40, dtype=dtype, condition=4)
+    j = dense(name, X["x"])
+    assert_close(kernel, np.einsum("icp,jdp->ijcd", j, j), size=40, dtype=dtype, condition=4)
     size = N * kernel.shape[2]
     matrix = np.asarray(kernel.transpose(0, 2, 1, 3), np.float64).reshape(size, size)
     assert np.linalg.eigvalsh(matrix)[0] >= -tolerance(kernel.dtype, size) * np.linalg.norm(matrix, 2)
@@ -146,7 +156,8 @@ def test_product_is_that_of_the_kernel(name, block_size, monkeypatch):
         lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape), predict(params, X["y"])
     )
     flat = np.concatenate([np.reshape(leaf, (M, -1)) for leaf in jax.tree.leaves(vector)], axis=1)
-    got = gnl.diagnostics.ntk_vector_product(predict, params, X["x"], vector, X["y"], block_size=block_size)
+    product = functools.partial(gnl.diagnostics.ntk_vector_product, predict, params, block_size=block_size)
+    got = jax.jit(product)(X["x"], vector, X["y"])
     got = np.concatenate([np.reshape(leaf, (N, -1)) for leaf in jax.tree.leaves(got)], axis=1)
     j, k = dense(name, X["x"]), dense(name, X["y"])
     assert_close(got, np.einsum("icp,jdp,jd->ic", j, k, flat), size=j.shape[2] * flat.size)

@@ -23,6 +23,10 @@ def predict(p, x):
     return jnp.tanh(x @ p["w"]) + p["b"]
 
 loss = gnl.losses.squared_error
+FAST = {
+    "xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 def newton(solver, damping):
     return gnl.gauss_newton(predict, loss, solver=solver, damping=damping)
@@ -46,10 +50,16 @@ def step(optimiser, p, s, x, y):
     updates, s = optimiser.update(grads, s, p, inputs=x, targets=y)
     return optax.apply_updates(p, updates), s
 
+def alone(spec):
+    return jax.devices()[0]
+
+def sharded(spec):
+    return NamedSharding(mesh, spec)
+
 def run(number, place):
     optimiser = optimisers[number]
-    # the first is compiled as users compile, the others fast
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if number else None
+    # on two devices the first is compiled as users compile, all others fast
+    options = None if number == 0 and place is sharded else FAST
     compiled = jax.jit(lambda *arguments: step(optimiser, *arguments), compiler_options=options)
     p = jax.tree.map(lambda leaf: jax.device_put(leaf, place(P())), start)
     batch = [jax.device_put(leaf, place(P("data"))) for leaf in (x, y)]
@@ -59,9 +69,9 @@ def run(number, place):
     return p
 
 for number in range(len(optimisers)):
-    want = run(number, lambda spec: jax.devices()[0])
+    want = run(number, alone)
     with jax.set_mesh(mesh):
-        got = run(number, lambda spec: NamedSharding(mesh, spec))
+        got = run(number, sharded)
         assert len(got["w"].sharding.device_set) == 2
     for name in want:
         error = np.max(np.abs(np.asarray(got[name]) - np.asarray(want[name])))
@@ -78,13 +88,13 @@ def kernels(place):
         found.ntk_diagonal(predict, p, x), found.ntk_by_leaf(predict, p, x)["w"],
         found.ntk_diagonal(predict, p, x, block_size=3), found.empirical_ntk(predict, p, x, block_size=3),
         found.ntk_vector_product(predict, p, x, predict(p, x)),
-    ])
+    ], compiler_options=None if place is sharded else FAST)
     return compiled(p, batch, others)
 
 if which == "gauss_newton":
-    want = kernels(lambda spec: jax.devices()[0])
+    want = kernels(alone)
     with jax.set_mesh(mesh):
-        got = kernels(lambda spec: NamedSharding(mesh, spec))
+        got = kernels(sharded)
     for ours, theirs in zip(got, want):
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         assert np.max(np.abs(ours - theirs)) <= 8 * 8 * np.finfo(np.float64).eps * np.max(np.abs(theirs))

@@ -1,6 +1,7 @@
-"""Command line of the benchmarks: `python -m benchmarks list | run NAME`."""
+"""Command line of the benchmarks: `python -m benchmarks list | run NAME | table RECORD`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--seeds", type=positive, metavar="N", help="number of seeds (default: the suite's)")
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the record and figure (default results/NAME)")
     run.add_argument("--data", type=folder, metavar="FOLDER", help="folder of data sets that no package ships")
+    written = commands.add_parser("table", help="write the table of a record again, in Markdown")
+    written.add_argument("record", type=Path, metavar="RECORD", help="a file such as results/NAME/NAME.json")
     return parser.parse_args(arguments)
 
 
@@ -126,6 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     if parsed.command == "list":
         list_suites()
+        return 0
+    if parsed.command == "table":
+        kept = json.loads(parsed.record.read_text(encoding="utf-8"))
+        print(suites.load(kept["suite"]).table(kept["results"]))
         return 0
     out = parsed.out or Path("results") / parsed.name
     try:

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -22,6 +22,7 @@ class Runner:
         seconds: wall seconds of its own steps so far.
         cpu_seconds: processor seconds of the whole process during its own steps so far.
         measured: what each step so far gave besides the state.
+        finished: whether a race passes it over; set by whoever reads the race.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Runner:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     measured: list[Any] = dataclasses.field(default_factory=list)
+    finished: bool = False
 
     def advance(self, indices: range) -> None:
         """Takes the steps of these indices on the clock and waits until their results are there.
@@ -46,12 +48,15 @@ class Runner:
         self.cpu_seconds += time.process_time() - cpu
 
 
+AnyRunner = TypeVar("AnyRunner", bound=Runner)
+
+
 def race(
-    runners: Sequence[Runner], steps: int, chunk: int, progress: Callable[[int], object] = lambda taken: None
-) -> Iterator[tuple[Runner, int]]:
+    runners: Sequence[AnyRunner], steps: int, chunk: int, progress: Callable[[int], object] = lambda taken: None
+) -> Iterator[tuple[AnyRunner, int]]:
     """Lets the runners take turns of a chunk of steps; the one that begins a round changes from round to round.
 
-    What the caller does between two turns is outside every clock.
+    What the caller does between two turns is outside every clock. A runner that it calls `finished` has no more turns.
 
     Args:
         runners: the runners, all at step 0.
@@ -66,7 +71,11 @@ def race(
     for turn, start in enumerate(range(0, steps, chunk)):
         stop = min(start + chunk, steps)
         first = turn % len(runners)
+        if all(runner.finished for runner in runners):
+            return
         for runner in [*runners[first:], *runners[:first]]:
+            if runner.finished:
+                continue
             runner.advance(range(start, stop))
             progress(stop - start)
             yield runner, stop

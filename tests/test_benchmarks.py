@@ -323,6 +323,16 @@ def test_clock_stands_still_between_turns():
     assert readings == [0, 0, 0]
 
 
+def test_race_passes_over_runners_that_are_finished():
+    runners = [timing.Runner(name, lambda state, index: (state, index), 0) for name in "ab"]
+    visits = []
+    for runner, steps in timing.race(runners, steps=10, chunk=1):
+        visits.append((runner.name, steps))
+        runner.finished = (runner.name, steps) in {("a", 1), ("b", 3)}
+    assert visits == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", 2), ("b", 3)]
+    assert [runner.measured for runner in runners] == [[0], [0, 1, 2]]
+
+
 def test_means_medians_and_what_was_not_reached():
     assert tables.mean_spread([1.0, 3.0], ".1f") == "2.0 ± 1.4"
     assert tables.median_range([3.0, 1.0, 2.0], ".0f") == "2 (1 to 3)"
@@ -344,19 +354,6 @@ def test_curves_leave_out_what_is_not_finite():
     figures.draw_curves(panel, rows, "step", "loss")
     figures.shared_legend(drawing, panel)
     assert [len(line.get_xdata()) for line in panel.get_lines()] == [2, 2, 2]
-
-
-def test_regression_table_says_when_a_peer_is_faster():
-    suite = suites.load("regression")
-
-    def row(method, seconds):
-        columns = {suite.seconds_to(target): seconds for target in suite.TARGETS}
-        return {"method": method, "seed": 0, "step": 5, "seconds": 1.0, "loss": 1e-3, "compile_seconds": 1.0} | columns
-
-    printed = suite.table({"runs": [row(suite.OURS, 0.2), row("peer", 0.1), row("slow", None)]})
-    assert "Fastest to 0.0001: peer." in printed
-    assert "0.50" in printed
-    assert "not reached" in printed
 
 
 def test_exact_steps_of_periods_are_those_of_the_loop():

@@ -112,6 +112,10 @@ def run_suite(name: str, settings: Settings) -> None:
     with jax.enable_x64(suite.X64):
         results = record.plain(suite.run(settings))
         record.write(record.make(name, settings, results), record_path)
+        if hasattr(suite, "keep"):
+            record.write_columns(
+                record.make(name, settings, suite.keep(results)), settings.out / f"{name}.columns.json"
+            )
     suite.figure(results).savefig(figure_path, dpi=150)
     print(suite.table(results))
     print(f"\nRecord: {record_path}\nFigure: {figure_path}")

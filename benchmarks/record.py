@@ -55,6 +55,28 @@ def write(record: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_columns(record: dict[str, Any], path: Path) -> None:
+    """Writes a record as small JSON: of each table a list for each column, a line each, numbers to six digits.
+
+    Args:
+        record: a record of `make`.
+        path: the file to write; its rows are `[dict(zip(table, row)) for row in zip(*table.values())]`.
+    """
+    tables = []
+    for name, rows in record["results"].items():
+        names = list(dict.fromkeys(column for row in rows for column in row))
+        columns = {column: [_rounded(row.get(column)) for row in rows] for column in names}
+        lines = [f"{json.dumps(key)}: {json.dumps(values, allow_nan=False)}" for key, values in columns.items()]
+        tables.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    about = json.dumps({key: value for key, value in record.items() if key != "results"})
+    path.write_text(f'{about[:-1]},\n"results": {{\n' + ",\n".join(tables) + "\n}}\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """A number as a short one."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def machine() -> dict[str, Any]:
     """Returns the processor's model, usable cores, memory in GiB, platform, and what JAX computes on and in."""
     pages, page_size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

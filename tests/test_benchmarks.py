@@ -12,8 +12,21 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import data, figures, networks, pickles, reach, record, suites, tables, timing
+from benchmarks import (
+    data,
+    feature_tables,
+    figures,
+    networks,
+    pickles,
+    reach,
+    record,
+    schedules,
+    suites,
+    tables,
+    timing,
+)
 from benchmarks.settings import Settings
+from gn_linear.experiments._methods import planned_steps
 from tests.support import assert_close
 
 
@@ -431,16 +444,15 @@ def test_feature_learning_runs_judges_and_goes_on(monkeypatch, tmp_path):
         True,
         networks.mlp(jax.nn.relu),
         suite.perceptron(30, 3, 2),
-        20,
+        100,
         (0.1,),
+        suite.Plan((10,), (2,), (0.5,), (), fewest=True),
     )
     monkeypatch.setattr(suite, "cases", lambda settings: [tiny])
-    monkeypatch.setattr(suite, "QUICK_SWEPT", (10,))
-    monkeypatch.setattr(suite, "QUICK_DAMPED", (2,))
     settings = Settings(quick=True, seeds=1, out=tmp_path)
     results = record.plain(suite.run(settings))
-    sweep = suite.of(results["runs"], "period_sweep")
-    assert [row["feature_updates"] for row in sweep] == [20, 10, 1]
+    sweep = feature_tables.of(results["runs"], "period_sweep")
+    assert [row["feature_updates"] for row in sweep] == [100, 10, 1]
     assert {row["seed"] for row in results["runs"]} == {suite.FIRST_SEED}
     assert [(row["claim"], row["passed"] is None) for row in results["claims"]] == [
         ("i", False),
@@ -453,7 +465,59 @@ def test_feature_learning_runs_judges_and_goes_on(monkeypatch, tmp_path):
     assert "CIFAR-10: skipped" in printed
     assert len(suite.figure(results).axes) == 4
     assert json.loads(json.dumps(results)) == results
-    assert record.plain(suite.run(settings)) == results  # seconds, too: nothing was run again
+    rules = {row["rule"]: row["updates"] for row in results["schedules"]}
+    assert {name: rules[name] for name in ("uniform", "early-dense", "logarithmic")} == {
+        "uniform": 10,
+        "early-dense": 10,
+        "logarithmic": 10,
+    }
+    assert {row["period"] for row in results["histories"]} == {1, 10, None}
+    # Killed within the schedules: what is left of the cell is done again, with the same outcome.
+    kept = tmp_path / "xor" / f"seed-{suite.FIRST_SEED}" / "schedules" / "runs.jsonl"
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[:-1]) + lines[-1][:9])
+    again = record.plain(suite.run(settings))
+    assert suite.keep(again) == suite.keep(results)
+    assert record.plain(suite.run(settings)) == again  # seconds, too: nothing was run again
+
+
+def scheduled(rule, updates, accuracies, experiment="schedules"):
+    return [
+        {"experiment": experiment, "rule": rule, "feature_updates": updates, "seed": seed, "learning_rate": 0.1}
+        | {"test_accuracy_f": accuracy, "test_accuracy_f_lin": accuracy}
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+def test_schedules_are_compared_seed_by_seed_with_the_nearest_number_of_updates():
+    sweep = scheduled("every 10", 10, [90.0, 80.0], "period_sweep") + scheduled(
+        "every 2", 50, [95.0, 85.0], "period_sweep"
+    )
+    runs = [*sweep, *scheduled("early", 10, [91.0, 83.0]), *scheduled("late", 23, [95.0, None])]
+    uniform, early, late = schedules.compared(runs, 10)
+    assert (uniform["rule"], uniform["test_accuracy_f"], uniform["gain"]) == ("uniform", 85.0, 0.0)
+    assert (early["nearest"], early["gain"], early["error"]) == (10, 2.0, 1.0)
+    assert (late["nearest"], late["gain"], late["test_accuracy_f"]) == (50, None, None)
+
+
+@pytest.mark.parametrize("steps", [1000, 2000, 4000])
+def test_planned_schedules_spend_equal_budgets(steps):
+    for name, rule in schedules.planned(steps, 10).items():
+        places = planned_steps(rule, steps)
+        assert len(places) == 10, name
+        assert places[4] <= steps / 8, name  # half of them early
+
+
+def test_columns_hold_what_the_rows_do(tmp_path):
+    rows = [{"a": 1, "b": "x", "c": 1 / 3}, {"a": None, "b": "y", "d": True}]
+    made = record.make("demo", Settings(quick=True, seeds=1, out=tmp_path), {"rows": rows, "none": []})
+    record.write_columns(made, tmp_path / "columns.json")
+    read = json.loads((tmp_path / "columns.json").read_text())
+    assert read["results"] == {
+        "rows": {"a": [1, None], "b": ["x", "y"], "c": [0.333333, None], "d": [None, True]},
+        "none": {},
+    }
+    assert read["versions"] == made["versions"]
 
 
 def test_feature_learning_has_cifar_only_where_it_is_given(cifar):
@@ -463,7 +527,7 @@ def test_feature_learning_has_cifar_only_where_it_is_given(cifar):
     )
     assert [case.name for case in given] == [*(case.name for case in without), "CIFAR-10"]
     for case in given:
-        assert all(case.steps % updates == 0 for updates in (*suite.SWEPT, *suite.DAMPED))
+        assert all(case.steps % updates == 0 for updates in (*case.plan.swept, *case.plan.damped))
     for case, classes in ((given[0], 2), (given[-2], 10), (given[-1], 10)):
         inputs, labels, _, _ = case.split(0)
         outputs = jax.eval_shape(lambda key, x, case=case: case.predict(case.init(key), x), jax.random.key(0), inputs)

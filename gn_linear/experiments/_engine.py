@@ -52,11 +52,14 @@ class Cell(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-    """All seeds at one place: their steps and re-linearisations, and what was measured, arrays of shape (seeds,)."""
+    """All seeds at one place: their steps and re-linearisations, and what was measured, arrays of shape (seeds,).
 
-    step: np.ndarray
-    updates: np.ndarray
-    values: dict[str, np.ndarray]
+    They stay on the device until the run is over: the next steps need not wait for them.
+    """
+
+    step: Any
+    updates: Any
+    values: dict[str, Any]
     kernel: jax.Array
 
 
@@ -83,15 +86,21 @@ class Engine:
         first = jax.tree.map(lambda x: x[0], self.params)
         check_independent(self.problem.predict, first, jax.tree.map(lambda x: x[:16], self.data.probe))
         self.fraction = self.problem.fraction(first)
-        self._point, self._final = jax.jit(jax.vmap(self._measured, (None, 0, 0))), jax.jit(self._evaluated)
-        self._kernels = jax.jit(jax.vmap(self._kernel, (None, 0)))
-        self._compare = jax.jit(jax.vmap(self._compared, (None, 0, 0)))
+        # One call for all that is measured at a place: several would cost more than they compute.
+        self._measure, self._final = jax.jit(jax.vmap(self._measured, (None, 0, 0, 0, 0))), jax.jit(self._evaluated)
         self._turn = jax.jit(jax.vmap(kernel_distance))
 
     @functools.cached_property
     def origin(self) -> jax.Array:
         """The kernels at the start."""
-        return self._kernels(self.data, self.params)
+        found = jax.eval_shape(jax.vmap(self._kernel, (None, 0)), self.data, self.params)
+        return self._measure(self.data, self.params, jnp.zeros(found.shape, found.dtype), self.params, self.params)[0]
+
+    @functools.cached_property
+    def beginning(self) -> _Snapshot:
+        """What is measured at the start, for all cells."""
+        zero = jnp.zeros(len(self.seeds), jnp.int32)
+        return self._snapshot(Carry(self.params, self.params, None, zero, zero))
 
     def run(self, cell: Cell) -> Records:
         """The records of a cell, all seeds and all lengths."""
@@ -103,12 +112,13 @@ class Engine:
         ends: dict[int, tuple[Row, float]] = {}
         for mark in sorted(set().union(*stops.values())):
             carry = self._advance(cell, carry, mark)
-            snapshots[mark] = self._snapshot(carry)
+            snapshots[mark] = self._snapshot(carry) if mark else self.beginning
             if mark in lengths:
+                jax.block_until_ready(snapshots[mark].values)
                 ends[mark] = self._ends(carry), (time.perf_counter() - began) / len(self.seeds)
         parts = []
         for length in lengths:
-            path = [snapshots[stop] for stop in stops[length]]
+            path = [self._landed(snapshots[stop]) for stop in stops[length]]
             parts.append(self._records(cell, length, path, *ends[length]))
         return joined(parts)
 
@@ -123,8 +133,7 @@ class Engine:
         still = jnp.zeros([], jnp.int32)
         cell.method.advance(self.data, self.keys, carry, still, still, cell.knob)
         self._final(self.data, carry.params, carry.anchor)
-        self._snapshot(carry)
-        jax.block_until_ready(self._turn(self.origin, self.origin))
+        jax.block_until_ready((self.beginning, self._turn(self.origin, self.origin)))
 
     def _advance(self, cell: Cell, carry: Carry, mark: int) -> Carry:
         """On to a mark, in pieces that are reported."""
@@ -138,17 +147,14 @@ class Engine:
         return carry
 
     def _snapshot(self, carry: Carry) -> _Snapshot:
-        kernel = self._kernels(self.data, carry.params)
-        values = self._point(self.data, carry.params, carry.anchor)
-        values |= self._compare(self.data, self.origin, kernel)
-        values["parameter_motion"] = self._motion(self.params, carry.params)
-        values = {name: np.asarray(value) for name, value in values.items()}
-        step, updates = (np.broadcast_to(x, [len(self.seeds)]) for x in (carry.step, carry.updates))
-        return _Snapshot(step, updates, values, kernel)
+        kernel, values = self._measure(self.data, self.params, self.origin, carry.params, carry.anchor)
+        return _Snapshot(carry.step, carry.updates, values, kernel)
 
-    @functools.cached_property
-    def _motion(self) -> Callable[[Params, Params], jax.Array]:
-        return jax.jit(jax.vmap(lambda start, params: parameter_motion(start, params).total))
+    def _landed(self, snapshot: _Snapshot) -> _Snapshot:
+        """A snapshot as numpy arrays, but for the kernel."""
+        step, updates = (np.broadcast_to(x, [len(self.seeds)]) for x in (snapshot.step, snapshot.updates))
+        values = {name: np.asarray(value) for name, value in snapshot.values.items()}
+        return _Snapshot(step, updates, values, snapshot.kernel)
 
     def _ends(self, carry: Carry) -> dict[str, np.ndarray]:
         return {name: np.asarray(x) for name, x in self._final(self.data, carry.params, carry.anchor).items()}
@@ -156,18 +162,19 @@ class Engine:
     def _kernel(self, data: Data, params: Params) -> jax.Array:
         return empirical_ntk(self.problem.predict, params, data.probe, trace=True)
 
-    def _compared(self, data: Data, origin: jax.Array, kernel: jax.Array) -> Row:
-        found = {"kernel_distance": kernel_distance(origin, kernel), "cka": cka(origin, kernel)}
+    def _measured(
+        self, data: Data, start: Params, origin: jax.Array, params: Params, anchor: Params
+    ) -> tuple[jax.Array, Row]:
+        """The kernel of one seed, how it compares, the training losses, and how far f and f_lin are apart."""
+        kernel = self._kernel(data, params)
+        found = self._losses(params, anchor, "train", data.train)
+        found |= {"kernel_distance": kernel_distance(origin, kernel), "cka": cka(origin, kernel)}
         if data.columns is not None:
             found["target_alignment"] = target_alignment(kernel, data.columns)
-        return found
-
-    def _measured(self, data: Data, params: Params, anchor: Params) -> Row:
-        """The training losses, and how far f and f_lin are apart, for one seed."""
-        found = self._losses(params, anchor, "train", data.train)
+        found["parameter_motion"] = parameter_motion(start, params).total
         found["linearisation_error"] = linearisation_error(self.problem.predict, anchor, params, data.probe)
         found["finite"] = _tree.all_finite((params, anchor))
-        return found
+        return kernel, found
 
     def _evaluated(self, data: Data, params: Params, anchor: Params) -> Row:
         """What is known of a run at its end, for all seeds."""

@@ -346,7 +346,7 @@ def _factors_of_one(structure: Structure, weights: list[Any], example: list[Any]
 
     def run(taps: dict[int, Any], direct: dict[int, Any]) -> tuple[Any, Any]:
         moved = [direct.get(k, weight) for k, weight in enumerate(weights)]
-        return _evaluated(program, uses, [*moved, *example], taps)
+        return evaluated(program, uses, [*moved, *example], taps)
 
     outputs, pull, activations = jax.vjp(run, taps, direct, has_aux=True)
     units = np.cumsum([0, *(y.size for y in outputs)])
@@ -364,13 +364,24 @@ def _factors_of_one(structure: Structure, weights: list[Any], example: list[Any]
             return jnp.concatenate(parts, axis=1)
         return functools.reduce(jnp.add, parts) if parts else jnp.zeros((units[-1], 0), weights[k].dtype)
 
-    return activations, tuple(gathered(k, leaf) for k, leaf in enumerate(structure.leaves))
+    joined = tuple(jnp.concatenate(parts) if parts else None for parts in activations)
+    return joined, tuple(gathered(k, leaf) for k, leaf in enumerate(structure.leaves))
 
 
-def _evaluated(
+def evaluated(
     program: Program, uses: tuple[tuple[Use, ...], ...], arguments: list[Any], taps: dict[int, Any]
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """The outputs with each tap added to the result of its step, and the activations of each product's leaf."""
+) -> tuple[list[Any], tuple[list[jax.Array], ...]]:
+    """The outputs of a program, and the activations of the weights on the way.
+
+    Args:
+        program: the evaluation.
+        uses: for each leaf of the parameters the places where it is used.
+        arguments: of the program.
+        taps: from numbers of steps to what is added to the result of the step.
+
+    Returns:
+        The outputs, and for each leaf the activations at each of its uses, in the order of the steps.
+    """
     values = {**program.constants, **dict(zip(program.arguments, arguments, strict=True))}
     wanted = [(use.step, k, use.activation) for k, leaf in enumerate(uses) for use in leaf if use.activation]
     recorded: dict[int, list[Any]] = {}
@@ -389,7 +400,7 @@ def _evaluated(
                 recorded.setdefault(k, []).append(activation(operands))
         values.update(zip(step.writes, results, strict=True))
     outputs = [jnp.asarray(read(slot)) for slot in program.results]
-    return outputs, tuple(jnp.concatenate(recorded[k]) if k in recorded else None for k in range(len(uses)))
+    return outputs, tuple(recorded.get(k, []) for k in range(len(uses)))
 
 
 # --- inner products of gradients -------------------------------------------------------------------------------------

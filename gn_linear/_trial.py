@@ -83,6 +83,7 @@ class Search:
         count: updates so far.
         rate: the learning rate.
         hopeless: why every step will be refused, or ``Refusal.NONE``.
+        curved: whether the solver's batch is the one on which steps are judged.
     """
 
     problem: LinearisedProblem
@@ -95,6 +96,7 @@ class Search:
     count: Count
     rate: Scalar
     hopeless: Count
+    curved: bool
 
     def run(self, damping: DampingState) -> tuple[Attempt, DampingState]:
         """The step to report, with what the policy learnt.
@@ -118,16 +120,23 @@ class Search:
         mu = damping.astype(self.rate.dtype)
         result = self.solver.solve(self.prepared, mu)
         emitted = _tree.cast_like(_tree.scale(self.rate, result.step), self.problem.params)
-        return Attempt(mu, result, emitted, self._judged(emitted, result))
+        image = result.image if self._images_fit() else None
+        image = None if image is None else _tree.scale(self.rate, image)
+        return Attempt(mu, result._replace(image=image), emitted, self._judged(emitted, result, image))
 
-    def _judged(self, emitted: Params, result: Result) -> Trial:
+    def _images_fit(self) -> bool:
+        """Whether the image of the solver's step is that of the step as it is emitted and judged."""
+        exact = (self.problem.params, self.problem.linearisation.outputs)
+        return self.curved and all(leaf.dtype == _tree.at_least_float32(leaf.dtype) for leaf in jax.tree.leaves(exact))
+
+    def _judged(self, emitted: Params, result: Result, image: Any) -> Trial:
         # A solver that failed at once (no curvature along the gradient, NaN in a curvature batch) offers no step.
         failed = (result.status == Status.NON_FINITE) | (result.status == Status.NON_POSITIVE_CURVATURE)
         failed = failed & (result.solver_steps == 0)
         lost = (self.hopeless != Refusal.NONE) | failed
         reason = jnp.where(self.hopeless != Refusal.NONE, self.hopeless, jnp.int32(Refusal.SOLVER))
         reached = self.objective(optax.apply_updates(self.problem.params, emitted))
-        trial = judge(self.problem, self.rhs, emitted, reached, self.policy.adaptive)
+        trial = judge(self.problem, self.rhs, emitted, reached, self.policy.adaptive, image)
         return trial._replace(refusal=jnp.where(lost, reason, trial.refusal), informative=trial.informative | lost)
 
     def _learnt(self, damping: DampingState, trial: Trial) -> DampingState:
@@ -147,15 +156,15 @@ class Search:
             The step that was judged last.
         """
 
-        def halve(carry: tuple[Count, Params, Trial]) -> tuple[Count, Params, Trial]:
-            halvings, step, _ = carry
-            shorter = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), step)
-            return halvings + 1, shorter, self._judged(shorter, first.result)
+        def halve(carry: tuple[Count, Params, Any, Trial]) -> tuple[Count, Params, Any, Trial]:
+            halvings, *long, _ = carry
+            step, image = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), long)
+            return halvings + 1, step, image, self._judged(step, first.result, image)
 
-        _, emitted, trial = jax.lax.while_loop(
-            lambda carry: carry[2].too_long & (carry[0] < MAX_RETRIES),
+        _, emitted, _, trial = jax.lax.while_loop(
+            lambda carry: carry[3].too_long & (carry[0] < MAX_RETRIES),
             halve,
-            (jnp.zeros([], jnp.int32), first.emitted, first.trial),
+            (jnp.zeros([], jnp.int32), first.emitted, first.result.image, first.trial),
         )
         return first._replace(emitted=emitted, trial=trial)
 
@@ -186,7 +195,9 @@ class Search:
         return self._shortened(chosen), _tree.where(chosen.trial.informative, learnt, path.relax(damping))
 
 
-def judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objective: Scalar, adaptive: bool) -> Trial:
+def judge(
+    problem: LinearisedProblem, rhs: Params, emitted: Params, trial_objective: Scalar, adaptive: bool, image: Any = None
+) -> Trial:
     """Compare what a step does with what the quadratic model promised.
 
     Args:
@@ -195,12 +206,13 @@ def judge(problem: LinearisedProblem, rhs: Params, emitted: Params, trial_object
         emitted: the step, in the dtypes of the parameters.
         trial_objective: the objective at its end.
         adaptive: whether a step that raises the objective is refused.
+        image: what the Jacobian makes of the step, if that is known already.
 
     Returns:
         The verdict.
     """
     step = _tree.to_solve(emitted)
-    predicted, rest = problem.reductions(rhs, step)
+    predicted, rest = problem.reductions(rhs, step, image)
     actual = _tree.total(problem.objective, -trial_objective, -rest)
     exact = actual == predicted
     ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))

@@ -7,6 +7,8 @@ product. This is the only module that knows both :math:`J` and :math:`H`.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gn_linear import _jacobian, _tree
+from gn_linear import _jacobian, _kronecker, _tree
 from gn_linear._linearise import Linearisation, linearise
 from gn_linear._typing import Inputs, Params, Predict, Scalar, Targets, check_number
 from gn_linear.losses import Loss, OutputHessian
@@ -62,28 +64,39 @@ class LinearisedProblem:
 
     def product(self, vector: Params) -> Params:
         """``G v``, undamped, in the dtypes of the solve."""
-        tangent = self.linearisation.jvp(_tree.cast_like(vector, self.params))
-        curved = self.linearisation.vjp(self.hessian.product(tangent))
-        return _tree.add(_tree.to_solve(curved), l2_times(self.l2, vector))
+        return self.pulled(vector, self.image(vector))
 
     def quadratic(self, vector: Params) -> Scalar:
         """``v^T G v`` by one Jacobian-vector product; never negative for a convex loss."""
-        tangent = self.linearisation.jvp(_tree.cast_like(vector, self.params))
-        return _tree.total(
-            _tree.dot(tangent, self.hessian.product(tangent)), _tree.dot(vector, l2_times(self.l2, vector))
-        )
+        image = self.image(vector)
+        return self.inner(vector, image, vector, image)
 
-    def reductions(self, rhs: Params, step: Params) -> Reductions:
+    def image(self, vector: Params) -> Any:
+        """``J v``, like the outputs: half of a product, from which ``pulled`` makes the other half."""
+        return self.linearisation.jvp(_tree.cast_like(vector, self.params))
+
+    def pulled(self, vector: Params, image: Any) -> Params:
+        """``G v`` from v and its image."""
+        curved = self.linearisation.vjp(self.hessian.product(image))
+        return _tree.add(_tree.to_solve(curved), l2_times(self.l2, vector))
+
+    def inner(self, vector: Params, image: Any, other: Params, other_image: Any) -> Scalar:
+        """``v^T G w`` from two vectors and their images, at no product."""
+        curved = _tree.dot(image, self.hessian.product(other_image))
+        return _tree.total(curved, _tree.dot(vector, l2_times(self.l2, other)))
+
+    def reductions(self, rhs: Params, step: Params, image: Any = None) -> Reductions:
         """Predicted reduction of the objective along a step, for any right-hand side.
 
         Args:
             rhs: the gradient b that the step was solved for, in the dtypes of the solve.
             step: the step d, likewise.
+            image: what the Jacobian makes of it, if that is known already; otherwise it costs one product.
 
         Returns:
             The predicted reduction, and the slope of what b holds besides this batch's own gradient.
         """
-        tangent = self.linearisation.jvp(_tree.cast_like(step, self.params))
+        tangent = self.image(step) if image is None else image
         penalty = l2_times(self.l2, step)
         curvature = _tree.total(_tree.dot(tangent, self.hessian.product(tangent)), _tree.dot(step, penalty))
         slope = _tree.dot(rhs, step)
@@ -147,6 +160,38 @@ class LinearisedProblem:
             Shape (outputs, outputs), in the order of ``jax.tree.leaves``, raveled.
         """
         return _jacobian.gram(self.predict, self.params, self.inputs, self.linearisation)
+
+    @functools.cached_property
+    def layers(self) -> _kronecker.Layers:
+        """The weights that have Kronecker factors, from a trace of the batch."""
+        return _kronecker.layers(self.predict, self.params, self.inputs)
+
+    def moments(
+        self, seed: jax.Array, samples: int, widest: int
+    ) -> tuple[dict[int, _kronecker.Moments], list[jax.Array]]:
+        r"""Kronecker factors of the undamped matrix without the penalty, from random signs.
+
+        .. math:: \mathrm{E}[(B z) (B z)^\top] = H, \quad z_i = \pm 1
+
+        Args:
+            seed: an unsigned integer that no other step has.
+            samples: how many sign vectors to average over; one backward pass each.
+            widest: factors of more rows keep their diagonal alone.
+
+        Returns:
+            Factors by the number of their weight, and the diagonal of what has none, as ``_kronecker.moments`` does.
+        """
+        structure = jax.tree.structure(self.linearisation.outputs)
+
+        def vectors(leaves: list[jax.Array]) -> list[jax.Array]:
+            signs = [
+                _kronecker.signs((samples, *x.shape), seed + jnp.uint32(k)).astype(x.dtype)
+                for k, x in enumerate(leaves)
+            ]
+            roots = jax.vmap(self.hessian.root)(jax.tree.unflatten(structure, signs))
+            return [x / math.sqrt(samples) for x in jax.tree.leaves(roots)]
+
+        return _kronecker.moments(self.layers, self.params, self.inputs, vectors, widest)
 
     @property
     def sensitivity(self) -> Scalar:

@@ -10,6 +10,13 @@ from gn_linear.preconditioners import Jacobi
 from tests.support import PROBLEMS, assert_bit_equal, assert_close, dense, flat, unflatten_like
 
 NAME = "softmax_labels"
+LINEAR = curvature.linearised_problem(
+    PROBLEMS[NAME].predict,
+    PROBLEMS[NAME].loss,
+    PROBLEMS[NAME].params,
+    PROBLEMS[NAME].inputs,
+    targets=PROBLEMS[NAME].targets,
+)
 
 
 @jax.jit
@@ -39,7 +46,7 @@ def test_small_problem_has_the_exact_diagonal():
     again = refresh(Jacobi(), state)
     assert_bit_equal(again.diagonal, state.diagonal)
     r = np.random.default_rng(17).normal(size=diagonal.size)
-    inverse = Jacobi().inverse(state, jnp.float64(0.3))
+    inverse = Jacobi().inverse(LINEAR, state, jnp.float64(0.3))[0]
     assert_close(inverse(unflatten_like(r, PARAMS)), r / (diagonal + 0.3), size=dense(NAME).jacobian.size)
 
 
@@ -78,16 +85,16 @@ def test_diagonal_that_is_not_finite_is_left_out(jacobi):
     after = refresh(jacobi, good, jnp.nan)
     assert_bit_equal((after.diagonal, after.weight), (good.diagonal, good.weight))
     never = refresh(jacobi, jacobi.init(PARAMS), jnp.nan)
-    inverse = jacobi.inverse(never, jnp.float64(2.0))
+    inverse = jacobi.inverse(LINEAR, never, jnp.float64(2.0))[0]
     assert_close(inverse(PARAMS), flat(PARAMS) / 2)
 
 
 def test_entries_without_curvature_count_as_the_largest():
     jacobi = Jacobi()
     state = jacobi.init(jnp.ones(3))._replace(diagonal=jnp.asarray([0.0, 2.0, 8.0]), weight=jnp.float64(1.0))
-    assert_close(jacobi.inverse(state, jnp.float64(0.0))(jnp.ones(3)), [1 / 8, 1 / 2, 1 / 8])
-    assert_close(jacobi.inverse(state, jnp.float64(1.0))(jnp.ones(3)), [1.0, 1 / 3, 1 / 9])
-    assert_close(jacobi.inverse(jacobi.init(jnp.ones(3)), jnp.float64(0.0))(jnp.ones(3)), np.ones(3))
+    assert_close(jacobi.inverse(LINEAR, state, jnp.float64(0.0))[0](jnp.ones(3)), [1 / 8, 1 / 2, 1 / 8])
+    assert_close(jacobi.inverse(LINEAR, state, jnp.float64(1.0))[0](jnp.ones(3)), [1.0, 1 / 3, 1 / 9])
+    assert_close(jacobi.inverse(LINEAR, jacobi.init(jnp.ones(3)), jnp.float64(0.0))[0](jnp.ones(3)), np.ones(3))
 
 
 def test_state_of_narrow_parameters_is_float32():

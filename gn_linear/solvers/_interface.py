@@ -34,12 +34,14 @@ class Result(NamedTuple):
         state: the solver's state for the next step.
         solver_steps: inner steps taken, shape ().
         status: a ``Status``, shape ().
+        image: what the Jacobian makes of the step, like the outputs, if the solver knows it; it saves a product.
     """
 
     step: Params
     state: Any
     solver_steps: Count
     status: jax.Array
+    image: Any = None
 
 
 class Solver:

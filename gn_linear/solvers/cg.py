@@ -5,7 +5,10 @@ Differences from the textbook:
 - three tests stop it early: the relative residual, Martens' test of the quadratic model's progress, the step cap;
 - a direction of non-positive curvature or a value that is not finite stops it at the last good iterate;
 - the quadratic model is updated from the recurrence (each step lowers it by alpha <r, z> / 2), at no product;
-- the warm start is dropped if the model is positive there, that is, if starting from zero is better.
+- the warm start is dropped if the model is positive there, that is, if starting from zero is better;
+- with momentum the previous solution is the direction before the first, so that the first step goes to the minimum over
+  a plane; directions are made conjugate by what the Jacobian makes of them, which takes no Krylov space for granted;
+- the last step allowed leaves out the vector-Jacobian product, for nobody looks at its residual.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
-from gn_linear._typing import Count, Flag, Number, Params, Scalar, check_count, check_number
+from gn_linear._typing import Count, Flag, Number, Params, Scalar, check_count, check_number, shown
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.preconditioners import Preconditioner
 from gn_linear.solvers._interface import Result, Solver, Status
@@ -26,7 +29,7 @@ class CGState(NamedTuple):
     """What CG carries from step to step.
 
     Attributes:
-        previous: the last solution, for the warm start; None without one.
+        previous: the last solution, for the warm start or the momentum; None without them.
         preconditioner: the preconditioner's state; None without one.
     """
 
@@ -35,7 +38,7 @@ class CGState(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    product: Callable[[Params], Params]
+    problem: LinearisedProblem
     rhs: Params
     size: Scalar
     state: CGState
@@ -43,9 +46,13 @@ class _Prepared(NamedTuple):
 
 class _Carry(NamedTuple):
     x: Params
+    x_image: Any
     residual: Params
-    direction: Params
+    z: Params
     rz: Scalar
+    direction: Params
+    image: Any
+    curvature: Scalar
     model: Scalar
     history: jax.Array
     steps: Count
@@ -53,6 +60,26 @@ class _Carry(NamedTuple):
 
 
 _RUNNING = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """The damped matrix and its preconditioner."""
+
+    problem: LinearisedProblem
+    damping: Scalar
+    inverse: Callable[[Params], Params]
+
+    def product(self, vector: Params) -> Params:
+        return self.pulled(vector, self.problem.image(vector))
+
+    def pulled(self, vector: Params, image: Any) -> Params:
+        return _tree.axpy(self.damping, vector, self.problem.pulled(vector, image))
+
+    def inner(self, vector: Params, image: Any, other: Params, other_image: Any) -> Scalar:
+        return _tree.total(
+            self.problem.inner(vector, image, other, other_image), self.damping * _tree.dot(vector, other)
+        )
 
 
 @_tree.register_dataclass
@@ -76,6 +103,9 @@ class CG(Solver):
         preconditioner: one of ``gn_linear.preconditioners``, or None.
         warm_start: the factor by which the previous solution is multiplied to start from (Martens: 0.95), which costs
             one product; None starts from zero.
+        momentum: whether the first inner step goes to the minimum over the plane of the preconditioned gradient and the
+            previous solution, at one Jacobian-vector product more; static. It goes on from one batch to the next as
+            a warm start would, with a factor that the exact quadratic model chooses at each step.
         progress: the least relative progress a step of the quadratic model, looked at from step 11 on; 0 switches the
             test off.
 
@@ -92,6 +122,7 @@ class CG(Solver):
     rtol: Number = 0.1
     preconditioner: Preconditioner | None = None
     warm_start: Number | None = None
+    momentum: bool = dataclasses.field(default=False, metadata={"static": True})
     progress: Number = 5e-4
 
     def __post_init__(self) -> None:
@@ -102,6 +133,13 @@ class CG(Solver):
         check_number(self.progress, "progress")
         if self.warm_start is not None:
             check_number(self.warm_start, "warm_start")
+        if not isinstance(self.momentum, bool):
+            raise TypeError(f"momentum must be True or False, but is {shown(self.momentum)}.")
+        if self.momentum and self.warm_start is not None:
+            raise ValueError(
+                f"momentum starts from the previous solution by itself, so warm_start must be None, but is "
+                f"{shown(self.warm_start)}."
+            )
         if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
             raise TypeError(
                 f"preconditioner must be one of gn_linear.preconditioners or None, but is {self.preconditioner!r}."
@@ -109,7 +147,8 @@ class CG(Solver):
 
     def init(self, params: Params) -> CGState:
         """No previous solution yet."""
-        previous = None if self.warm_start is None else _tree.solve_zeros(params)
+        starts = self.momentum or self.warm_start is not None
+        previous = _tree.solve_zeros(params) if starts else None
         return CGState(previous, None if self.preconditioner is None else self.preconditioner.init(params))
 
     def prepare(self, problem: LinearisedProblem, rhs: Params, state: CGState) -> _Prepared:
@@ -118,99 +157,117 @@ class CG(Solver):
             state = state._replace(preconditioner=self.preconditioner.refresh(problem, state.preconditioner))
         largest = _tree.max_abs(rhs)
         size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
-        return _Prepared(problem.product, _tree.divide(rhs, size), size, state)
+        return _Prepared(problem, _tree.divide(rhs, size), size, state)
 
     def solve(self, prepared: _Prepared, damping: Scalar) -> Result:
         """The step for one damping."""
-
-        def operator(x: Params) -> Params:
-            return _tree.axpy(damping, x, prepared.product(x))
-
-        def identity(residual: Params) -> Params:
-            return residual
-
-        inverse = identity
+        problem, state = prepared.problem, prepared.state
+        inverse: Callable[[Params], Params] = lambda residual: residual  # noqa: E731
         if self.preconditioner is not None:
-            inverse = self.preconditioner.inverse(prepared.state.preconditioner, damping)
+            inverse, learnt = self.preconditioner.inverse(problem, state.preconditioner, damping)
+            state = state._replace(preconditioner=learnt)
+        system = _System(problem, damping, inverse)
         rhs = _tree.negative(prepared.rhs)
-        carry = self._start(operator, inverse, rhs, prepared)
-        target = jnp.asarray(self.rtol, carry.rz.dtype) * jnp.sqrt(_tree.dot(rhs, rhs))
+        target = jnp.asarray(self.rtol, prepared.size.dtype) * jnp.sqrt(_tree.dot(rhs, rhs))
         end = jax.lax.while_loop(
             lambda c: c.status == _RUNNING,
-            lambda c: self._step(operator, inverse, target, c),
-            carry._replace(status=self._first_status(carry, target)),
+            lambda c: self._step(system, target, c),
+            self._start(system, rhs, prepared, target),
         )
         step = _tree.scale(prepared.size, end.x)
-        state = prepared.state if self.warm_start is None else prepared.state._replace(previous=step)
-        return Result(step, state, end.steps, end.status)
+        if state.previous is not None:
+            state = state._replace(previous=step)
+        image = None if self.warm_start is not None else _tree.scale(prepared.size, end.x_image)
+        return Result(step, state, end.steps, end.status, image)
 
-    def _start(
-        self,
-        operator: Callable[[Params], Params],
-        inverse: Callable[[Params], Params],
-        rhs: Params,
-        prepared: _Prepared,
-    ) -> _Carry:
+    def _start(self, system: _System, rhs: Params, prepared: _Prepared, target: Scalar) -> _Carry:
+        """At zero, or at a multiple of the last solution if that is better."""
         dtype = prepared.size.dtype
         x, residual = jax.tree.map(jnp.zeros_like, rhs), rhs
         model = jnp.zeros([], dtype)
         if self.warm_start is not None:
             factor = jnp.asarray(self.warm_start, dtype) / prepared.size
             warm = _tree.scale(factor, prepared.state.previous)
-            warm_residual = _tree.subtract(rhs, operator(warm))
+            warm_residual = _tree.subtract(rhs, system.product(warm))
             warm_model = -0.5 * (_tree.dot(warm, rhs) + _tree.dot(warm, warm_residual))
             better = warm_model < 0
             x, residual = _tree.where(better, warm, x), _tree.where(better, warm_residual, residual)
             model = jnp.where(better, warm_model, model)
-        z = inverse(residual)
+        direction = jax.tree.map(jnp.zeros_like, rhs)
+        if self.momentum:
+            direction = _tree.divide(prepared.state.previous, prepared.size)
+        image = system.problem.image(direction)
+        z = system.inverse(residual)
+        rz = _tree.dot(residual, z).astype(dtype)
+        finite = jnp.isfinite(target) & jnp.isfinite(rz)
+        arrived = jnp.sqrt(_tree.dot(residual, residual)) <= target
         return _Carry(
             x=x,
+            x_image=jax.tree.map(jnp.zeros_like, image),
             residual=residual,
-            direction=z,
-            rz=_tree.dot(residual, z).astype(dtype),
+            z=z,
+            rz=rz,
+            direction=direction,
+            image=image,
+            curvature=system.inner(direction, image, direction, image).astype(dtype),
             model=model.astype(dtype),
             history=jnp.zeros([self.max_steps + 1], dtype).at[0].set(model.astype(dtype)),
             steps=jnp.zeros([], jnp.int32),
-            status=jnp.full([], _RUNNING, jnp.int32),
+            status=_pick([(~finite, Status.NON_FINITE), (arrived, Status.CONVERGED)]),
         )
 
-    def _first_status(self, carry: _Carry, target: Scalar) -> jax.Array:
-        finite = jnp.isfinite(target) & jnp.isfinite(carry.rz)
-        arrived = jnp.sqrt(_tree.dot(carry.residual, carry.residual)) <= target
-        return _pick([(~finite, Status.NON_FINITE), (arrived, Status.CONVERGED)])
-
-    def _step(
-        self,
-        operator: Callable[[Params], Params],
-        inverse: Callable[[Params], Params],
-        target: Scalar,
-        carry: _Carry,
-    ) -> _Carry:
-        image = operator(carry.direction)
-        curvature = _tree.dot(carry.direction, image)
+    def _step(self, system: _System, target: Scalar, carry: _Carry) -> _Carry:
+        """To the minimum along the preconditioned residual, made conjugate to the last direction."""
+        dtype = carry.rz.dtype
+        image = system.problem.image(carry.z)
+        known = jnp.isfinite(carry.curvature) & (carry.curvature > 0)
+        weight = jnp.where(known, 1 / jnp.where(known, carry.curvature, 1), 0)
+        mixed = (weight * system.inner(carry.z, image, carry.direction, carry.image)).astype(dtype)
+        direction = _tree.axpy(-mixed, carry.direction, carry.z)
+        image = _tree.axpy(-mixed, carry.image, image)
+        curvature = system.inner(direction, image, direction, image).astype(dtype)
         sound = jnp.isfinite(curvature) & (curvature > 0)
-        alpha = jnp.where(sound, carry.rz / curvature, jnp.zeros_like(curvature)).astype(carry.rz.dtype)
-        # With alpha = 0 the iterate stays, as the direction is finite; the residual is not used again.
-        x = _tree.axpy(alpha, carry.direction, carry.x)
-        residual = _tree.axpy(-alpha, image, carry.residual)
-        z = inverse(residual)
+        safe = jnp.where(sound, curvature, jnp.ones_like(curvature))
+        moved = carry._replace(direction=direction, image=image, curvature=curvature, steps=carry.steps + 1)
+        if self.momentum:
+            # Only the first residual has a part along the last direction, which is the previous solution.
+            slope = _tree.dot(carry.residual, carry.direction).astype(dtype)
+            ahead, along = (carry.rz - mixed * slope) / safe, (weight * slope).astype(dtype)
+            move = _tree.axpy(along, carry.direction, _tree.scale(ahead, direction))
+            move_image = _tree.axpy(along, carry.image, _tree.scale(ahead, image))
+            fall = ahead * (carry.rz - mixed * slope) + along * slope
+        else:
+            ahead = carry.rz / safe
+            move, move_image, fall = _tree.scale(ahead, direction), _tree.scale(ahead, image), ahead * carry.rz
+        model = carry.model - 0.5 * fall
+        moved = moved._replace(
+            x=_tree.add(carry.x, move),
+            x_image=_tree.add(carry.x_image, move_image),
+            model=model,
+            history=carry.history.at[moved.steps].set(model),
+        )
+        reached = jax.lax.cond(
+            moved.steps >= self.max_steps,
+            lambda: moved._replace(status=jnp.full_like(carry.status, Status.MAX_STEPS)),
+            lambda: self._with_residual(system, target, moved, system.pulled(move, move_image)),
+        )
+        failed = _pick([(~jnp.isfinite(curvature), Status.NON_FINITE), (~sound, Status.NON_POSITIVE_CURVATURE)])
+        return _tree.where(sound, reached, carry._replace(status=failed))
+
+    def _with_residual(self, system: _System, target: Scalar, carry: _Carry, product: Params) -> _Carry:
+        """The carry with the residual after a move, and whether to go on."""
+        residual = _tree.subtract(carry.residual, product)
+        z = system.inverse(residual)
         rz = _tree.dot(residual, z).astype(carry.rz.dtype)
-        steps = carry.steps + sound.astype(carry.steps.dtype)
-        model = carry.model - 0.5 * alpha * carry.rz
-        history = carry.history.at[steps].set(model)
         status = _pick(
             [
-                (~jnp.isfinite(curvature), Status.NON_FINITE),
-                (curvature <= 0, Status.NON_POSITIVE_CURVATURE),
                 (jnp.sqrt(_tree.dot(residual, residual)) <= target, Status.CONVERGED),
                 (~jnp.isfinite(rz), Status.NON_FINITE),
                 (rz <= 0, Status.NON_POSITIVE_CURVATURE),
-                (self._stalled(history, steps), Status.PROGRESS),
-                (steps >= self.max_steps, Status.MAX_STEPS),
+                (self._stalled(carry.history, carry.steps), Status.PROGRESS),
             ]
         )
-        direction = _tree.axpy(rz / carry.rz, carry.direction, z)
-        return _Carry(x, residual, direction, rz, model, history, steps, status)
+        return carry._replace(residual=residual, z=z, rz=rz, status=status)
 
     def _stalled(self, history: jax.Array, steps: Count) -> Flag:
         """Martens' test on the values of the quadratic model."""

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
-from gn_linear import curvature
+from gn_linear import _tree, curvature
 from gn_linear.solvers import CG, Status
 from tests import oracles_dense
 from tests.support import (
@@ -45,8 +45,14 @@ class Operator(curvature.LinearisedProblem):
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "apply", product)
 
-    def product(self, vector):
+    def image(self, vector):
         return self.apply(vector)
+
+    def pulled(self, vector, image):
+        return image
+
+    def inner(self, vector, image, other, other_image):
+        return _tree.dot(vector, other_image)
 
 
 def matrix_product(matrix):

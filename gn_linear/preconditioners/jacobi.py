@@ -1,4 +1,4 @@
-"""Preconditioners of conjugate gradients: cheap approximate inverses of the damped Gauss-Newton matrix."""
+"""The diagonal of the Gauss-Newton matrix, exact or sampled."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,24 +10,7 @@ import jax.numpy as jnp
 from gn_linear import _tree
 from gn_linear._typing import Count, Number, Params, Scalar, check_count, check_number, shown
 from gn_linear.curvature import LinearisedProblem
-
-__all__ = ["Jacobi", "JacobiState", "Preconditioner"]
-
-
-class Preconditioner:
-    """Interface: ``init`` once, ``refresh`` once a step, ``inverse`` for each solve."""
-
-    def init(self, params: Params) -> object:
-        """The state before the first step, a pytree of arrays."""
-        raise NotImplementedError
-
-    def refresh(self, problem: LinearisedProblem, state: object) -> object:
-        """The state with this step's curvature taken in; nothing here depends on the damping."""
-        raise NotImplementedError
-
-    def inverse(self, state: object, damping: Scalar) -> Callable[[Params], Params]:
-        """``r -> M^-1 r`` for one damping, symmetric and positive definite."""
-        raise NotImplementedError
+from gn_linear.preconditioners._interface import Preconditioner
 
 
 class JacobiState(NamedTuple):
@@ -101,8 +84,11 @@ class Jacobi(Preconditioner):
             jnp.where(usable, decay * state.weight + 1 - decay, state.weight),
         )
 
-    def inverse(self, state: JacobiState, damping: Scalar) -> Callable[[Params], Params]:
+    def inverse(
+        self, problem: LinearisedProblem, state: JacobiState, damping: Scalar
+    ) -> tuple[Callable[[Params], Params], JacobiState]:
         """``r -> r / (diag + mu)``, where entries without any curvature count as the largest one."""
+        del problem
         weight = jnp.where(state.weight > 0, state.weight, jnp.ones_like(state.weight))
         largest = _tree.max_abs(state.diagonal) / weight + damping
         fallback = jnp.where(largest > 0, largest, jnp.ones_like(largest))
@@ -112,4 +98,4 @@ class Jacobi(Preconditioner):
             return jnp.where(whole > 0, whole, fallback.astype(diagonal.dtype))
 
         diagonal = jax.tree.map(entry, state.diagonal)
-        return lambda residual: jax.tree.map(jnp.divide, residual, diagonal)
+        return lambda residual: jax.tree.map(jnp.divide, residual, diagonal), state

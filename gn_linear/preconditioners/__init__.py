@@ -1,0 +1,7 @@
+"""Preconditioners of conjugate gradients: cheap approximate inverses of the damped Gauss-Newton matrix."""
+
+from gn_linear.preconditioners._interface import Preconditioner
+from gn_linear.preconditioners.jacobi import Jacobi, JacobiState
+from gn_linear.preconditioners.kronecker import Kronecker, KroneckerState
+
+__all__ = ["Jacobi", "JacobiState", "Kronecker", "KroneckerState", "Preconditioner"]

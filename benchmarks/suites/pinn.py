@@ -32,7 +32,7 @@ GOALS = (
     *(Goal(name, target, ratio) for name in (SINGLE, DOUBLE) for target, ratio in ((1e-2, 1), (1e-3, 1.5))),
     Goal(DOUBLE, 1e-4, None),
 )
-OURS: tuple[Entry, ...] = (methods.DEFAULTS, methods.CG_10, methods.CHOLESKY)
+OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER_LONG)
 PEERS: tuple[Entry, ...] = (methods.ADAM, methods.SGD, methods.LBFGS, methods.NLLS_GRAM_CG, foreign.RANDNGD)
 
 

@@ -31,7 +31,7 @@ GOALS = tuple(
     for name, ratios in ((SINGLE, (1, 1.5, 2)), (DOUBLE, (1, 1, 1.5)))
     for target, ratio in zip(TARGETS, ratios, strict=True)
 )
-OURS: tuple[Entry, ...] = (methods.DEFAULTS, methods.CG_10, methods.CHOLESKY)
+OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER)
 PEERS: tuple[Entry, ...] = (
     methods.ADAM,
     methods.SGD,

@@ -3,5 +3,6 @@
 from gn_linear.preconditioners._interface import Preconditioner
 from gn_linear.preconditioners.jacobi import Jacobi, JacobiState
 from gn_linear.preconditioners.kronecker import Kronecker, KroneckerState
+from gn_linear.preconditioners.nystrom import Nystrom, NystromState
 
-__all__ = ["Jacobi", "JacobiState", "Kronecker", "KroneckerState", "Preconditioner"]
+__all__ = ["Jacobi", "JacobiState", "Kronecker", "KroneckerState", "Nystrom", "NystromState", "Preconditioner"]

@@ -60,12 +60,14 @@ class Attempt(NamedTuple):
         result: what the solver returned.
         emitted: the step with the learning rate, in the dtypes of the parameters.
         trial: the verdict.
+        evaluations: of the objective so far, this search's.
     """
 
     damping: Scalar
     result: Result
     emitted: Params
     trial: Trial
+    evaluations: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Search:
         count: updates so far.
         rate: the learning rate.
         hopeless: why every step will be refused, or ``Refusal.NONE``.
+        adjusted: ``(step, damping) -> step``, what becomes of a solved step before it is tried, such as a
+            projection onto bounds.
     """
 
     problem: LinearisedProblem
@@ -95,6 +99,7 @@ class Search:
     count: Count
     rate: Scalar
     hopeless: Count
+    adjusted: Callable[[Params, Scalar], Params] | None = None
 
     def run(self, damping: DampingState) -> tuple[Attempt, DampingState]:
         """The step to report, with what the policy learnt.
@@ -117,8 +122,9 @@ class Search:
     def _attempt(self, damping: Scalar) -> Attempt:
         mu = damping.astype(self.rate.dtype)
         result = self.solver.solve(self.prepared, mu)
-        emitted = _tree.cast_like(_tree.scale(self.rate, result.step), self.problem.params)
-        return Attempt(mu, result, emitted, self._judged(emitted, result))
+        step = result.step if self.adjusted is None else self.adjusted(result.step, mu)
+        emitted = _tree.cast_like(_tree.scale(self.rate, step), self.problem.params)
+        return Attempt(mu, result, emitted, self._judged(emitted, result), jnp.ones([], jnp.int32))
 
     def _judged(self, emitted: Params, result: Result) -> Trial:
         # A solver that failed at once (no curvature along the gradient, NaN in a curvature batch) offers no step.
@@ -152,12 +158,12 @@ class Search:
             shorter = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), step)
             return halvings + 1, shorter, self._judged(shorter, first.result)
 
-        _, emitted, trial = jax.lax.while_loop(
+        halvings, emitted, trial = jax.lax.while_loop(
             lambda carry: carry[2].too_long & (carry[0] < MAX_RETRIES),
             halve,
             (jnp.zeros([], jnp.int32), first.emitted, first.trial),
         )
-        return first._replace(emitted=emitted, trial=trial)
+        return first._replace(emitted=emitted, trial=trial, evaluations=first.evaluations + halvings)
 
     def _with_more_damping(self, first: Attempt, damping: DampingState) -> tuple[Attempt, DampingState]:
         """Solve again, from what is prepared, with the damping that the policy learns from each refusal."""
@@ -167,11 +173,12 @@ class Search:
             damping = self.policy.update(damping, last.trial.gain_ratio, last.trial.accepted)
             return retries + 1, self._attempt(self.policy.damping(damping, self.unit, self.count)), damping
 
-        _, last, damping = jax.lax.while_loop(
+        retries, last, damping = jax.lax.while_loop(
             lambda carry: carry[1].trial.too_long & (carry[0] < MAX_RETRIES),
             again,
             (jnp.zeros([], jnp.int32), first, damping),
         )
+        last = last._replace(evaluations=1 + retries)
         return last, self._learnt(damping, last.trial)
 
     def _best_of_path(self, damping: DampingState, path: Path) -> tuple[Attempt, DampingState]:
@@ -181,7 +188,7 @@ class Search:
         gains = jnp.where(accepted, attempts.trial.actual, -jnp.inf)
         # Where none is accepted, the one with the most damping says why, and is halved.
         best = jnp.where(jnp.any(accepted), jnp.argmax(gains), path.most)
-        chosen = jax.tree.map(lambda x: x[best], attempts)
+        chosen = jax.tree.map(lambda x: x[best], attempts)._replace(evaluations=jnp.int32(len(path.factors)))
         learnt = path.moved(damping, best, chosen.trial.accepted)
         return self._shortened(chosen), _tree.where(chosen.trial.informative, learnt, path.relax(damping))
 

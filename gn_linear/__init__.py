@@ -9,6 +9,7 @@ from gn_linear import (
     periods,
     plotting,
     preconditioners,
+    robust,
     solvers,
     wrappers,
 )
@@ -20,8 +21,12 @@ from gn_linear._iterative_linearisation import (
     LinearisationInfo,
     iterative_linearisation,
 )
+from gn_linear._least_squares import curve_fit, least_squares
 from gn_linear._linearise import Linearisation, linearise, linearised
+from gn_linear._options import Options
+from gn_linear._outcome import Outcome
 from gn_linear._refusal import Refusal
+from gn_linear._solution import Solution
 
 __version__ = "0.1.0"
 
@@ -32,8 +37,12 @@ __all__ = [
     "IterativeLinearisationState",
     "Linearisation",
     "LinearisationInfo",
+    "Options",
+    "Outcome",
     "Refusal",
+    "Solution",
     "anchor",
+    "curve_fit",
     "damping",
     "diagnostics",
     "experiments",
@@ -43,12 +52,14 @@ __all__ = [
     "gauss_newton",
     "info",
     "iterative_linearisation",
+    "least_squares",
     "linearise",
     "linearised",
     "losses",
     "periods",
     "plotting",
     "preconditioners",
+    "robust",
     "solvers",
     "wrappers",
 ]

@@ -65,12 +65,13 @@ class Equations(NamedTuple):
         """The gradient of the damped quadratic model at a step."""
         return self.pull(self.gradient + self.root(self.image(step))) + self.rest + (self.weights + damping) * step
 
-    def solution(self, inverse: Operator, damping: Scalar) -> tuple[jax.Array, Flag]:
+    def solution(self, inverse: Operator, damping: Scalar, corrections: int = REFINEMENTS) -> tuple[jax.Array, Flag]:
         """The step by an approximate inverse of the damped matrix, corrected.
 
         Args:
             inverse: of the damped matrix, applied to a vector.
             damping: absolute.
+            corrections: how often the first solution is corrected.
 
         Returns:
             The step, and whether it is any better than none: without damping there may be a slope without curvature.
@@ -80,7 +81,7 @@ class Equations(NamedTuple):
             return step - inverse(self.residual(step, damping))
 
         none = jnp.zeros_like(self.rest)
-        step = jax.lax.fori_loop(0, 1 + REFINEMENTS, correct, none)
+        step = jax.lax.fori_loop(0, 1 + corrections, correct, none)
         before, after = _tree.norm(self.residual(none, damping)), _tree.norm(self.residual(step, damping))
         # Without damping a slope without curvature stays in the residual, however small a part of it.
         undamped = jnp.max(self.weights, initial=0.0) + damping <= 0
@@ -173,6 +174,8 @@ def _products(problem: LinearisedProblem) -> tuple[Operator, Operator]:
 
 def _agree(problem: LinearisedProblem, alone: jax.Array, together: jax.Array, size: jax.Array) -> Flag:
     """Whether two roads lead to one vector, which is a sum of terms of this size."""
+    if problem.matrix is not None:
+        return jnp.ones([], bool)
     # Half of the digits: rounding is far below, and what examples have to do with each other is not.
     inside = _capture.coarsest_rounding(problem.predict, problem.params, problem.inputs)
     return ~(_tree.norm(together - alone) > max(product_rounding(problem), inside) ** 0.5 * _tree.norm(size))

@@ -280,7 +280,7 @@ class _GaussNewton:
             count=state.count,
             rate=jnp.asarray(rate, scale.dtype),
             hopeless=hopeless,
-            curved=curved is problem,
+            same_batch=curved is problem,
         )
         last, learnt = search.run(state.damping)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.

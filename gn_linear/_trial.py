@@ -60,12 +60,14 @@ class Attempt(NamedTuple):
         result: what the solver returned.
         emitted: the step with the learning rate, in the dtypes of the parameters.
         trial: the verdict.
+        evaluations: of the objective so far, this search's.
     """
 
     damping: Scalar
     result: Result
     emitted: Params
     trial: Trial
+    evaluations: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Search:
         count: updates so far.
         rate: the learning rate.
         hopeless: why every step will be refused, or ``Refusal.NONE``.
-        curved: whether the solver's batch is the one on which steps are judged.
+        same_batch: whether the solver's batch is the one on which steps are judged.
+        adjusted: ``(step, damping) -> step``, what becomes of a solved step before it is tried, such as a
+            projection onto bounds.
     """
 
     problem: LinearisedProblem
@@ -96,7 +100,8 @@ class Search:
     count: Count
     rate: Scalar
     hopeless: Count
-    curved: bool
+    same_batch: bool = True
+    adjusted: Callable[[Params, Scalar], Params] | None = None
 
     def run(self, damping: DampingState) -> tuple[Attempt, DampingState]:
         """The step to report, with what the policy learnt.
@@ -119,15 +124,18 @@ class Search:
     def _attempt(self, damping: Scalar) -> Attempt:
         mu = damping.astype(self.rate.dtype)
         result = self.solver.solve(self.prepared, mu)
-        emitted = _tree.cast_like(_tree.scale(self.rate, result.step), self.problem.params)
+        step = result.step if self.adjusted is None else self.adjusted(result.step, mu)
+        emitted = _tree.cast_like(_tree.scale(self.rate, step), self.problem.params)
         image = result.image if self._images_fit() else None
         image = None if image is None else _tree.scale(self.rate, image)
-        return Attempt(mu, result._replace(image=image), emitted, self._judged(emitted, result, image))
+        trial = self._judged(emitted, result, image)
+        return Attempt(mu, result._replace(image=image), emitted, trial, jnp.ones([], jnp.int32))
 
     def _images_fit(self) -> bool:
         """Whether the image of the solver's step is that of the step as it is emitted and judged."""
-        exact = (self.problem.params, self.problem.linearisation.outputs)
-        return self.curved and all(leaf.dtype == _tree.at_least_float32(leaf.dtype) for leaf in jax.tree.leaves(exact))
+        leaves = jax.tree.leaves((self.problem.params, self.problem.linearisation.outputs))
+        exact = all(leaf.dtype == _tree.at_least_float32(leaf.dtype) for leaf in leaves)
+        return exact and self.same_batch and self.adjusted is None
 
     def _judged(self, emitted: Params, result: Result, image: Any) -> Trial:
         # A solver that failed at once (no curvature along the gradient, NaN in a curvature batch) offers no step.
@@ -161,12 +169,12 @@ class Search:
             step, image = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), long)
             return halvings + 1, step, image, self._judged(step, first.result, image)
 
-        _, emitted, _, trial = jax.lax.while_loop(
+        halvings, emitted, _, trial = jax.lax.while_loop(
             lambda carry: carry[3].too_long & (carry[0] < MAX_RETRIES),
             halve,
             (jnp.zeros([], jnp.int32), first.emitted, first.result.image, first.trial),
         )
-        return first._replace(emitted=emitted, trial=trial)
+        return first._replace(emitted=emitted, trial=trial, evaluations=first.evaluations + halvings)
 
     def _with_more_damping(self, first: Attempt, damping: DampingState) -> tuple[Attempt, DampingState]:
         """Solve again, from what is prepared, with the damping that the policy learns from each refusal."""
@@ -176,11 +184,12 @@ class Search:
             damping = self.policy.update(damping, last.trial.gain_ratio, last.trial.accepted)
             return retries + 1, self._attempt(self.policy.damping(damping, self.unit, self.count)), damping
 
-        _, last, damping = jax.lax.while_loop(
+        retries, last, damping = jax.lax.while_loop(
             lambda carry: carry[1].trial.too_long & (carry[0] < MAX_RETRIES),
             again,
             (jnp.zeros([], jnp.int32), first, damping),
         )
+        last = last._replace(evaluations=1 + retries)
         return last, self._learnt(damping, last.trial)
 
     def _best_of_path(self, damping: DampingState, path: Path) -> tuple[Attempt, DampingState]:
@@ -190,7 +199,7 @@ class Search:
         gains = jnp.where(accepted, attempts.trial.actual, -jnp.inf)
         # Where none is accepted, the one with the most damping says why, and is halved.
         best = jnp.where(jnp.any(accepted), jnp.argmax(gains), path.most)
-        chosen = jax.tree.map(lambda x: x[best], attempts)
+        chosen = jax.tree.map(lambda x: x[best], attempts)._replace(evaluations=jnp.int32(len(path.factors)))
         learnt = path.moved(damping, best, chosen.trial.accepted)
         return self._shortened(chosen), _tree.where(chosen.trial.informative, learnt, path.relax(damping))
 

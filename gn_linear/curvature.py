@@ -49,6 +49,7 @@ class LinearisedProblem:
         loss: the loss.
         inputs: the batch.
         targets: its targets.
+        matrix: the Jacobian, if it is in memory already; ``linearisation`` multiplies by it.
     """
 
     params: Params
@@ -61,6 +62,7 @@ class LinearisedProblem:
     loss: Loss
     inputs: Inputs
     targets: Targets
+    matrix: jax.Array | None = None
 
     def product(self, vector: Params) -> Params:
         """``G v``, undamped, in the dtypes of the solve."""
@@ -148,6 +150,8 @@ class LinearisedProblem:
         Returns:
             Shape (outputs, parameters), rows and columns in the order of ``jax.tree.leaves``, raveled.
         """
+        if self.matrix is not None:
+            return self.matrix
         return _jacobian.jacobian(self.predict, self.params, self.inputs, self.linearisation)
 
     def gram(self) -> jax.Array:
@@ -159,6 +163,8 @@ class LinearisedProblem:
         Returns:
             Shape (outputs, outputs), in the order of ``jax.tree.leaves``, raveled.
         """
+        if self.matrix is not None:
+            return jnp.matmul(self.matrix, self.matrix.T, precision="highest")
         return _jacobian.gram(self.predict, self.params, self.inputs, self.linearisation)
 
     @functools.cached_property

@@ -884,6 +884,60 @@ def _():
         sweep(folder="records")
 
 
+# --- least squares ----------------------------------------------------------------------------------------------------
+
+
+def line_residuals(p, *args):
+    return linear(p, X) - Y
+
+
+def fit(residuals=line_residuals, **settings):
+    return gnl.least_squares(residuals, params(), **settings)
+
+
+def options(**fields):
+    return fit(options=gnl.Options(**fields))
+
+
+def two_parameters_in_conjugate_gradients():
+    return fit(solver=gnl.solvers.CG(), max_steps=1)
+
+
+call("QR/corrections", "corrections", "-1", of=lambda: gnl.solvers.QR(corrections=-1))
+call("least_squares/residuals", "residuals", "4", of=lambda: fit(Y))
+call("least_squares/args", "args", "float32 array", of=lambda: fit(args=X))
+call("least_squares/solver", "solver", "'qr'", of=lambda: fit(solver="qr"))
+call("least_squares/solver of networks", "solver", "Lanczos", of=lambda: fit(solver=gnl.solvers.Lanczos()))
+call("least_squares/options", "options", "{'loss': 1}", of=lambda: fit(options={"loss": 1}))
+call("least_squares/rtol", "rtol", "-1.0", of=lambda: fit(rtol=-1.0))
+call("least_squares/labels", "the residuals", "int32", of=lambda: fit(lambda p: labels(p, X)))
+call("Options/loss", "loss", "'huber'", of=lambda: gnl.Options(loss="huber"))
+call("Options/scaling", "scaling", "'jac'", of=lambda: gnl.Options(scaling="jac"))
+call("Options/acceleration", "acceleration", "1", of=lambda: gnl.Options(acceleration=1))
+call("Options/chunks and weights", "chunks", "weights", of=lambda: gnl.Options(chunks=X, weights=1.0))
+call("Options/bounds of another tree", "lower", "['b'] is missing", of=lambda: options(lower={"w": 0.0, "bias": 0.0}))
+call(
+    "Options/bounds of another shape", "lower: leaf ['w']", "(2,)", of=lambda: options(lower={"w": floats(2), "b": 0.0})
+)
+call("Options/frozen numbers", "frozen", "leaf ['w']", "1", of=lambda: options(frozen={"w": 1, "b": False}))
+call("Options/traced frozen", "frozen", "bool", of=lambda: jax.jit(lambda f: options(frozen=f))(jnp.ones([], bool)))
+call("Options/frozen of another tree", "frozen", "['b']", of=lambda: options(frozen={"w": True}))
+call(
+    "curve_fit/sigma and weights",
+    "sigma",
+    "weights",
+    of=lambda: gnl.curve_fit(lambda x, p: linear(p, x), X, Y, params(), sigma=1.0, options=gnl.Options(weights=1.0)),
+)
+call("Solution/level", "level", "1.5", of=lambda: fit().confidence_intervals(1.5))
+call("Solution/no Jacobian", "jacobian", "CG", of=lambda: two_parameters_in_conjugate_gradients().covariance())
+call(
+    "Solution/report of many",
+    "status",
+    "(2,)",
+    of=lambda: jax.vmap(lambda y: gnl.least_squares(lambda p: linear(p, X) - y, params()))(floats(2, 4)).report(),
+)
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,10 @@ SHARED_FILES = {
     "IterativeLinearisationState": "_iterative_linearisation",
     "LinearisationInfo": "_iterative_linearisation",
     "Refusal": "_refusal",
+    "Options": "_options",
+    "Outcome": "_outcome",
+    "Solution": "_solution",
+    "curve_fit": "_least_squares",
 }
 
 

@@ -127,9 +127,7 @@ class Nystrom(Preconditioner):
         image = jax.tree.map(lambda y, x: y + shift.astype(y.dtype) * x, image, test)
         small = _inner(test, image)
         lower = jnp.linalg.cholesky((small + small.T) / 2)
-        half = _combined(
-            image, jax.scipy.linalg.solve_triangular(lower, jnp.eye(rank, dtype=lower.dtype), lower=True)
-        )
+        half = _combined(image, jax.scipy.linalg.solve_triangular(lower, jnp.eye(rank, dtype=lower.dtype), lower=True))
         squares, rotation = jnp.linalg.eigh(_inner(half, half))
         squares, rotation = squares[::-1], rotation[:, ::-1]
         kept = squares > rank * jnp.finfo(squares.dtype).eps * squares[0]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from gn_linear import _tree
-from gn_linear._dense import ROUNDING, Equations, Operator, by_jacobian, in_sample_space, times
-from gn_linear._typing import Flag, Params, Scalar
+from gn_linear._dense import REFINEMENTS, ROUNDING, Equations, Operator, by_jacobian, in_sample_space, times
+from gn_linear._typing import Flag, Params, Scalar, check_count
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.solvers._interface import Result, Solver
 from gn_linear.solvers.cholesky import check_in_outputs, result
@@ -50,6 +50,8 @@ class QR(Solver):
     Attributes:
         in_outputs: whether to reduce the problem to the size of the outputs; None means wherever that is smaller; a
             penalty ``l2`` that is no plain number prevents it in any case; static.
+        corrections: how often a solution is corrected; one keeps the accuracy of least squares where the residuals are
+            small or the step need not be exact; static.
 
     Raises:
         TypeError: ``in_outputs`` is no bool.
@@ -78,11 +80,13 @@ class QR(Solver):
     """
 
     in_outputs: bool | None = dataclasses.field(default=None, metadata={"static": True})
+    corrections: int = dataclasses.field(default=REFINEMENTS, metadata={"static": True})
 
     cheap_again: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_in_outputs(self.in_outputs)
+        check_count(self.corrections, "corrections", minimum=0)
 
     def init(self, params: Params) -> tuple[()]:
         """Nothing is carried from step to step."""
@@ -115,7 +119,7 @@ class QR(Solver):
         system = prepared.equations
         mu = damping.astype(prepared.triangle.dtype)
         inverse, definite = _inverse(prepared, mu)
-        step, solved = system.solution(inverse, mu)
+        step, solved = system.solution(inverse, mu, self.corrections)
         if prepared.outside is not None:
             # Beside the range of J^T there is no curvature, so that a slope there needs damping.
             basis, outside = prepared.outside

@@ -152,10 +152,8 @@ class Layers(NamedTuple):
 
     def rows(self, block: Block) -> int:
         """Examples and positions at all uses of a weight."""
-        return sum(
-            math.prod(self.program.steps[use.step].eqn.outvars[0].aval.shape) // use.index.shape[1]
-            for use in block.uses
-        )
+        results: list[Any] = [self.program.steps[use.step].eqn.outvars[0].aval for use in block.uses]
+        return sum(math.prod(aval.shape) // use.index.shape[1] for aval, use in zip(results, block.uses, strict=True))
 
 
 def layers(predict: Predict, params: Params, inputs: Inputs) -> Layers:
@@ -257,7 +255,7 @@ def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any]
         sides.append((free, contracted) if swapped else (contracted, free))
         rows += len(activation)
     if len(sides) == 1:
-        return Moments(*sides[0], rows)
+        return Moments(left=sides[0][0], right=sides[0][1], rows=rows)
     balanced = []
     for left, right in sides:
         tall, wide = _trace(left), _trace(right)

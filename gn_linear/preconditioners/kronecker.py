@@ -240,10 +240,9 @@ def _solve_block(block: _kronecker.Block, sides: Sides, residual: list[Any], fou
     weight = residual[block.weight]
     rows, columns = (len(side) - 1 for side in sides)
     matrix = jnp.pad(weight.reshape(rows, columns), ((0, 1), (0, 1)))
+    place = (slice(0, -1), -1) if block.transposed else (-1, slice(0, -1))
     if block.bias is not None:
-        bias = residual[block.bias].reshape(-1)
-        place = (slice(0, -1), -1) if block.transposed else (-1, slice(0, -1))
-        matrix = matrix.at[place].set(bias)
+        matrix = matrix.at[place].set(residual[block.bias].reshape(-1))
     left, right = sides
     matrix = left[:, None] * matrix if left.ndim == 1 else left @ matrix
     matrix = matrix * right if right.ndim == 1 else matrix @ right

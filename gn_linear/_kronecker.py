@@ -64,7 +64,10 @@ class Moments(NamedTuple):
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """A weight's shape as a matrix: its last axis against the others, or its first one if that is the longer.
+    """A weight's shape as a matrix: its last axis against the others, or its first one if that looks like the outputs.
+
+    Windows of convolutions tell: as a rule they are square, in front of the channels or behind them. The state of a
+    preconditioner is made before any input is seen; what guesses wrong has no factors.
 
     Args:
         shape: of the leaf.
@@ -74,8 +77,9 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """
     if len(shape) < 2:
         return None
-    first = len(shape) > 2 and shape[0] > shape[-1]
-    return (shape[0], math.prod(shape[1:])) if first else (math.prod(shape[:-1]), shape[-1])
+    in_front, behind = (len(shape) > 3 and len(set(window)) == 1 for window in (shape[:-2], shape[2:]))
+    outputs_first = len(shape) > 2 and (behind if in_front != behind else shape[0] > shape[-1])
+    return (shape[0], math.prod(shape[1:])) if outputs_first else (math.prod(shape[:-1]), shape[-1])
 
 
 def blocks(program: Program, shapes: list[tuple[int, ...]]) -> list[Block]:

@@ -14,7 +14,7 @@ from gn_linear.curvature import LinearisedProblem, l2_times
 from gn_linear.preconditioners._interface import Preconditioner
 
 _SLOWEST = 20  # steps between two refreshes at most
-_SHARE = 1.5  # gradients that refreshes may cost in each step
+_SHARE = 2.2  # gradients that refreshes may cost in each step
 _INVERSION = 6  # operations of an inversion, in cubes of the width: fewer, but slower than those of a product
 
 
@@ -67,7 +67,7 @@ class Kronecker(Preconditioner):
     Attributes:
         samples: random sign vectors a refresh, a backward pass each; static.
         memory: how many rows for each entry of width the averages remember; 0 takes the last batch alone.
-        every: steps between two refreshes; None takes as many as it needs for refreshes to cost about a gradient a
+        every: steps between two refreshes; None takes as many as it needs for refreshes to cost about two gradients a
             step, 20 at most and fewer in the first steps; static.
         widest: the widest factor that is kept as a matrix; static.
         seed: of the signs; static.

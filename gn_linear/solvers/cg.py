@@ -60,6 +60,7 @@ class _Carry(NamedTuple):
 
 
 _RUNNING = -1
+_UNROLLED = 4  # steps that are written out: XLA computes them faster than a loop, convolutions many times faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +170,13 @@ class CG(Solver):
         system = _System(problem, damping, inverse)
         rhs = _tree.negative(prepared.rhs)
         target = jnp.asarray(self.rtol, prepared.size.dtype) * jnp.sqrt(_tree.dot(rhs, rhs))
-        end = jax.lax.while_loop(
-            lambda c: c.status == _RUNNING,
-            lambda c: self._step(system, target, c),
-            self._start(system, rhs, prepared, target),
-        )
+        end = self._start(system, rhs, prepared, target)
+        if self.max_steps <= _UNROLLED:
+            for k in range(self.max_steps):
+                stepped = self._step(system, target, end, last=k + 1 == self.max_steps)
+                end = _tree.where(end.status == _RUNNING, stepped, end)
+        else:
+            end = jax.lax.while_loop(lambda c: c.status == _RUNNING, lambda c: self._step(system, target, c), end)
         step = _tree.scale(prepared.size, end.x)
         if state.previous is not None:
             state = state._replace(previous=step)
@@ -216,8 +219,18 @@ class CG(Solver):
             status=_pick([(~finite, Status.NON_FINITE), (arrived, Status.CONVERGED)]),
         )
 
-    def _step(self, system: _System, target: Scalar, carry: _Carry) -> _Carry:
-        """To the minimum along the preconditioned residual, made conjugate to the last direction."""
+    def _step(self, system: _System, target: Scalar, carry: _Carry, last: bool | None = None) -> _Carry:
+        """To the minimum along the preconditioned residual, made conjugate to the last direction.
+
+        Args:
+            system: the matrix.
+            target: for the norm of the residual.
+            carry: where it is.
+            last: whether this is the last step allowed; None if that is to be looked up.
+
+        Returns:
+            The new carry.
+        """
         dtype = carry.rz.dtype
         image = system.problem.image(carry.z)
         known = jnp.isfinite(carry.curvature) & (carry.curvature > 0)
@@ -246,11 +259,17 @@ class CG(Solver):
             model=model,
             history=carry.history.at[moved.steps].set(model),
         )
-        reached = jax.lax.cond(
-            moved.steps >= self.max_steps,
-            lambda: moved._replace(status=jnp.full_like(carry.status, Status.MAX_STEPS)),
-            lambda: self._with_residual(system, target, moved, system.pulled(move, move_image)),
-        )
+
+        def ended() -> _Carry:
+            return moved._replace(status=jnp.full_like(carry.status, Status.MAX_STEPS))
+
+        def goes_on() -> _Carry:
+            return self._with_residual(system, target, moved, system.pulled(move, move_image))
+
+        if last is None:
+            reached = jax.lax.cond(moved.steps >= self.max_steps, ended, goes_on)
+        else:
+            reached = ended() if last else goes_on()
         failed = _pick([(~jnp.isfinite(curvature), Status.NON_FINITE), (~sound, Status.NON_POSITIVE_CURVATURE)])
         return _tree.where(sound, reached, carry._replace(status=failed))
 

@@ -34,14 +34,14 @@ class Block(NamedTuple):
         uses: the places where it is used.
         swapped: for each use whether the columns of the matrix are contracted, as in ``W x``, instead of its rows, as
             in ``x W``.
-        biased: for each use whether the bias is added there.
+        biased: for each use how often the bias is added there; less than zero where it is subtracted.
     """
 
     weight: int
     bias: int | None
     uses: tuple[Use, ...]
     swapped: tuple[bool, ...]
-    biased: tuple[bool, ...]
+    biased: tuple[int, ...]
 
     @property
     def transposed(self) -> bool:
@@ -105,7 +105,7 @@ def blocks(program: Program, shapes: list[tuple[int, ...]]) -> list[Block]:
             continue
         bias, biased = _bias_of(program, uses, {*spoiled, *taken}, k)
         if bias is not None and len({t for t, b in zip(swapped, biased, strict=True) if b}) > 1:
-            bias, biased = None, (False,) * len(biased)
+            bias, biased = None, (0,) * len(biased)
         if bias is not None:
             taken.add(bias)
         found.append(Block(k, bias, tuple(uses[k]), tuple(map(bool, swapped)), biased))
@@ -118,10 +118,8 @@ def _is_transposed(index: np.ndarray, straight: np.ndarray) -> bool | None:
     return True if np.array_equal(index, straight.T) else None
 
 
-def _bias_of(
-    program: Program, uses: list[list[Use]], excluded: set[int], k: int
-) -> tuple[int | None, tuple[bool, ...]]:
-    """The leaf that is only ever added to products of leaf k, and to which of them."""
+def _bias_of(program: Program, uses: list[list[Use]], excluded: set[int], k: int) -> tuple[int | None, tuple[int, ...]]:
+    """The leaf that is only ever added to products of leaf k, and how often to each of them."""
     steps = [use.step for use in uses[k]]
     columns = uses[k][0].index.shape[1]
     for other, places in enumerate(uses):
@@ -129,8 +127,10 @@ def _bias_of(
             continue
         sources = [_source(program, use.step) for use in places]
         if all(source in steps for source in sources):
-            return other, tuple(step in sources for step in steps)
-    return None, (False,) * len(steps)
+            signs = [-1 if program.steps[use.step].eqn.primitive is prims.sub_p else 1 for use in places]
+            added = list(zip(sources, signs, strict=True))
+            return other, tuple(sum(sign for source, sign in added if source == step) for step in steps)
+    return None, (0,) * len(steps)
 
 
 def _source(program: Program, number: int) -> int | None:
@@ -251,15 +251,15 @@ def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any]
     """
     sides, rows = [], 0
     for use, activation, swapped, biased in zip(block.uses, recorded, block.swapped, block.biased, strict=True):
-        cotangent = jax.vmap(use.cotangent)(by_taps[use.step])
-        ones = jnp.full((len(activation), 1), 1.0 if biased else 0.0, activation.dtype)
-        extended = jnp.concatenate([activation, ones], axis=1)
+        cotangent = _tree.whole(jax.vmap(use.cotangent)(by_taps[use.step]))
+        extended = jnp.pad(activation, ((0, 0), (0, 1)), constant_values=biased)
         contracted = _moment(extended, widest) / max(len(activation), 1)
         free = _moment(jnp.pad(cotangent.reshape(-1, cotangent.shape[-1]), ((0, 0), (0, 1))), widest)
         sides.append((free, contracted) if swapped else (contracted, free))
         rows += len(activation)
     if len(sides) == 1:
-        return Moments(left=sides[0][0], right=sides[0][1], rows=rows)
+        left, right = sides[0]
+        return Moments(left, right, rows)
     balanced = []
     for left, right in sides:
         tall, wide = _trace(left), _trace(right)

@@ -316,7 +316,7 @@ def unflatten(vector: jax.Array, like: Params) -> Params:
     shaped = [
         part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=True)
     ]
-    return jax.tree.unflatten(structure, [_sharded_like(part, leaf) for part, leaf in zip(shaped, leaves, strict=True)])
+    return jax.tree.unflatten(structure, [sharded_like(part, leaf) for part, leaf in zip(shaped, leaves, strict=True)])
 
 
 def flatten(tree: Params, dtype: Any) -> jax.Array:
@@ -330,8 +330,10 @@ def whole(x: Any) -> Any:
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _explicit(x) else x
 
 
-def _sharded_like(x: jax.Array, like: Any) -> jax.Array:
-    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _explicit(like) else x
+def sharded_like(x: jax.Array, like: Any) -> jax.Array:
+    """An array that is divided as another one of its shape is, or with whole axes in front of those."""
+    spec = (*(None,) * (jnp.ndim(x) - jnp.ndim(like)), *jax.typeof(like).sharding.spec)
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec)) if _explicit(like) else x
 
 
 def _explicit(x: Any) -> bool:

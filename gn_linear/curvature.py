@@ -191,7 +191,7 @@ class LinearisedProblem:
 
         def vectors(leaves: list[jax.Array]) -> list[jax.Array]:
             signs = [
-                _kronecker.signs((samples, *x.shape), seed + jnp.uint32(k)).astype(x.dtype)
+                _tree.sharded_like(_kronecker.signs((samples, *x.shape), seed + jnp.uint32(k)).astype(x.dtype), x)
                 for k, x in enumerate(leaves)
             ]
             roots = jax.vmap(self.hessian.root)(jax.tree.unflatten(structure, signs))

@@ -38,6 +38,7 @@ SOLVERS: dict[str, gnl.solvers.Solver] = {
     "CG": gnl.solvers.CG(),
     "CG, warm start": gnl.solvers.CG(warm_start=0.95),
     "CG, Jacobi": gnl.solvers.CG(preconditioner=gnl.preconditioners.Jacobi()),
+    "CG, Kronecker": gnl.solvers.CG(preconditioner=gnl.preconditioners.Kronecker(), momentum=True),
     "Lanczos": gnl.solvers.Lanczos(20),
     "FirstOrder": gnl.solvers.FirstOrder(optax.sgd(0.5), 10),
     "Cholesky": gnl.solvers.Cholesky(),

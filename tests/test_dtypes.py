@@ -32,6 +32,7 @@ RMSPROP = FIRST_ORDER(optax.rmsprop(0.1, momentum=0.5), STEPS, warm_start=0.5, p
 NEWTON = {
     "cg": {},
     "jacobi": {"solver": CG(preconditioner=JACOBI())},
+    "kronecker": {"solver": CG(3, preconditioner=gnl.preconditioners.Kronecker(every=2), momentum=True)},
     "warm": {"solver": CG(warm_start=0.95)},
     "lanczos": {"solver": LANCZOS(12, in_outputs=False)},
     "path": {"solver": LANCZOS(12, in_outputs=True), "damping": gnl.damping.Path(initial=1.0, minimum=0.5)},

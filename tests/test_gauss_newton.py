@@ -609,6 +609,7 @@ DTYPES = {
 SOLVERS = {
     "plain": gnl.solvers.CG(),
     "warm, jacobi": gnl.solvers.CG(warm_start=0.95, preconditioner=gnl.preconditioners.Jacobi()),
+    "kronecker": gnl.solvers.CG(momentum=True, preconditioner=gnl.preconditioners.Kronecker()),
 }
 
 

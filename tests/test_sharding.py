@@ -34,6 +34,7 @@ def newton(solver, damping):
 optimisers = {
     "gauss_newton": [
         newton(solvers.CG(rtol=1e-12), 0.1),
+        newton(solvers.CG(3, preconditioner=gnl.preconditioners.Kronecker(every=2), momentum=True), 0.1),
         newton(solvers.Lanczos(8, rtol=0.0, in_outputs=True), gnl.damping.Path(initial=1.0, minimum=0.1)),
         newton(solvers.Cholesky(in_outputs=True, momentum=0.5), 0.1),
         newton(solvers.Cholesky(in_outputs=False), 0.1),

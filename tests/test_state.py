@@ -24,6 +24,7 @@ from tests.support import assert_bit_equal
 SQUARED = gnl.losses.squared_error
 WARM = gnl.solvers.CG(warm_start=0.95)
 AVERAGED = gnl.solvers.CG(warm_start=0.95, preconditioner=gnl.preconditioners.Jacobi(samples=2, exact_up_to=0))
+KRONECKER = gnl.solvers.CG(max_steps=2, preconditioner=gnl.preconditioners.Kronecker(every=2), momentum=True)
 STEPS, STOP = 6, 3
 TRACES: list[str] = []
 
@@ -45,6 +46,7 @@ def linearising(**options):
 OPTIMISERS = {
     "default": newton,
     "jacobi, warm start": lambda: newton(solver=AVERAGED, l2=0.01),
+    "Kronecker, momentum": lambda: newton(solver=KRONECKER, l2=0.01),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(0.5), newton(solver=WARM), optax.trace(0.5)),
     "inject_hyperparams": lambda: optax.inject_hyperparams(lambda learning_rate: newton(learning_rate=learning_rate))(
         learning_rate=optax.linear_schedule(0.5, 1.0, STEPS)

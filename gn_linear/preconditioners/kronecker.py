@@ -36,7 +36,7 @@ class KroneckerState(NamedTuple):
         inverses: the same, inverted with the damping of the last refresh.
         diagonal: of what has no factors, like the parameters; a running average.
         penalty: the mean coefficient of the penalty of each leaf.
-        count: steps so far.
+        count: steps so far, without those whose factors were not finite.
         age: steps since the last refresh.
     """
 
@@ -131,16 +131,16 @@ class Kronecker(Preconditioner):
         self, problem: LinearisedProblem, state: KroneckerState, damping: Scalar
     ) -> tuple[Callable[[Params], Params], KroneckerState]:
         """The factors inverted, if they are new, and the function that applies them."""
+        blocks = problem.layers.blocks
 
         def inverted() -> tuple[Any, ...]:
-            return tuple(
-                None if sides is None else _inverted(sides, penalty + damping.astype(penalty.dtype))
-                for sides, penalty in zip(state.factors, state.penalty, strict=True)
-            )
+            found = list(state.inverses)
+            for k in (block.weight for block in blocks):
+                found[k] = _inverted(state.factors[k], state.penalty[k] + damping.astype(state.penalty[k].dtype))
+            return tuple(found)
 
         fresh = self._period(problem) == 1
         inverses = inverted() if fresh else jax.lax.cond(state.age == 0, inverted, lambda: state.inverses)
-        blocks = problem.layers.blocks
         structure = jax.tree.structure(problem.params)
         diagonals = jax.tree.leaves(state.diagonal)
         inside = {leaf for block in blocks for leaf in (block.weight, block.bias)}
@@ -161,7 +161,7 @@ class Kronecker(Preconditioner):
         """Steps between two refreshes."""
         if self.every is not None:
             return self.every
-        leaves = [leaf.shape for leaf in jax.tree.leaves(problem.params)]
+        leaves = [jnp.shape(leaf) for leaf in jax.tree.leaves(problem.params)]
         refresh, gradient = 0, 0
         for block in problem.layers.blocks:
             matrix = _kronecker.matrix_shape(leaves[block.weight])
@@ -180,7 +180,8 @@ class Kronecker(Preconditioner):
 
         def averaged(old: jax.Array, new: jax.Array, weight: float | jax.Array) -> jax.Array:
             new = new.astype(old.dtype)
-            return jnp.where(usable, jnp.where(first, new, old + weight * (new - old)), old)
+            moved = old + jnp.asarray(weight, old.dtype) * (new - old)
+            return jnp.where(usable, jnp.where(first, new, moved), old)
 
         factors = list(state.factors)
         for k, found in moments.items():
@@ -199,7 +200,7 @@ class Kronecker(Preconditioner):
             inverses=state.inverses,
             diagonal=jax.tree.unflatten(jax.tree.structure(state.diagonal), diagonal),
             penalty=penalty,
-            count=state.count + 1,
+            count=state.count + usable.astype(state.count.dtype),
             age=jnp.zeros_like(state.age),
         )
 

@@ -196,10 +196,15 @@ class CG(Solver):
             better = warm_model < 0
             x, residual = _tree.where(better, warm, x), _tree.where(better, warm_residual, residual)
             model = jnp.where(better, warm_model, model)
-        direction = jax.tree.map(jnp.zeros_like, rhs)
+        direction, image = jax.tree.map(jnp.zeros_like, (rhs, system.problem.linearisation.outputs))
+        curvature = jnp.zeros([], dtype)
         if self.momentum:
-            direction = _tree.divide(prepared.state.previous, prepared.size)
-        image = system.problem.image(direction)
+            previous = _tree.divide(prepared.state.previous, prepared.size)
+            moved = system.problem.image(previous)
+            curvature = system.inner(previous, moved, previous, moved).astype(dtype)
+            usable = jnp.isfinite(curvature)
+            direction, image = _tree.where(usable, (previous, moved), (direction, image))
+            curvature = jnp.where(usable, curvature, jnp.zeros_like(curvature))
         z = system.inverse(residual)
         rz = _tree.dot(residual, z).astype(dtype)
         finite = jnp.isfinite(target) & jnp.isfinite(rz)
@@ -212,7 +217,7 @@ class CG(Solver):
             rz=rz,
             direction=direction,
             image=image,
-            curvature=system.inner(direction, image, direction, image).astype(dtype),
+            curvature=curvature,
             model=model.astype(dtype),
             history=jnp.zeros([self.max_steps + 1], dtype).at[0].set(model.astype(dtype)),
             steps=jnp.zeros([], jnp.int32),
@@ -243,9 +248,17 @@ class CG(Solver):
         safe = jnp.where(sound, curvature, jnp.ones_like(curvature))
         moved = carry._replace(direction=direction, image=image, curvature=curvature, steps=carry.steps + 1)
         if self.momentum:
+            # A gradient along the previous solution leaves rounding in a direction conjugate to it.
+            least = jnp.finfo(dtype).eps * (curvature + mixed * mixed * carry.curvature)
+            line = known & jnp.isfinite(curvature) & (curvature <= least)
+            sound = sound | line
+            kept = (carry.direction, carry.image, carry.curvature)
+            latest = _tree.where(line, kept, (direction, image, curvature))
+            moved = moved._replace(direction=latest[0], image=latest[1], curvature=latest[2])
             # Only the first residual has a part along the last direction, which is the previous solution.
             slope = _tree.dot(carry.residual, carry.direction).astype(dtype)
-            ahead, along = (carry.rz - mixed * slope) / safe, (weight * slope).astype(dtype)
+            ahead = jnp.where(line, jnp.zeros_like(slope), (carry.rz - mixed * slope) / safe)
+            along = (weight * slope).astype(dtype)
             move = _tree.axpy(along, carry.direction, _tree.scale(ahead, direction))
             move_image = _tree.axpy(along, carry.image, _tree.scale(ahead, image))
             fall = ahead * (carry.rz - mixed * slope) + along * slope

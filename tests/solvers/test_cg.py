@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
 from gn_linear import _tree, curvature
+from gn_linear._linearise import Linearisation
 from gn_linear.solvers import CG, Status
 from tests import oracles_dense
 from tests.support import (
@@ -44,6 +45,7 @@ class Operator(curvature.LinearisedProblem):
     def __init__(self, params, product):
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "apply", product)
+        object.__setattr__(self, "linearisation", Linearisation(params, product, product))
 
     def image(self, vector):
         return self.apply(vector)
@@ -279,6 +281,63 @@ def test_warm_start_keeps_the_solution_in_the_state():
     assert solve(EXACT, EASY, RHS, NONE).state.previous is None
 
 
+PREVIOUS = np.random.default_rng(19).normal(size=N)
+
+
+def moving(steps, **options):
+    return CG(max_steps=steps, **{"rtol": 0.0, "progress": 0.0, "momentum": True, **options})
+
+
+def after(previous):
+    return moving(1).init(jnp.asarray(RHS))._replace(previous=jnp.asarray(previous))
+
+
+def value(step):
+    step = flat(step)
+    return RHS @ step + step @ EASY @ step / 2
+
+
+def test_momentum_goes_to_the_minimum_over_a_plane():
+    plane = np.stack([RHS, PREVIOUS], axis=1)
+    small = plane.T @ EASY @ plane
+    expected = -plane @ np.linalg.solve(small, plane.T @ RHS)
+    result = solve(moving(1), EASY, RHS, NONE, after(PREVIOUS))
+    assert_close(result.step, expected, size=N * N, condition=condition(small))
+    assert_bit_equal(result.state.previous, result.step)
+    assert_close(result.image, EASY @ expected, size=N * N, condition=condition(small))
+
+
+def test_momentum_never_raises_the_model_and_arrives():
+    values = [value(solve(moving(steps), EASY, RHS, NONE, after(PREVIOUS)).step) for steps in (1, 2, 3)]
+    arrived = solve(moving(4 * N, rtol=1e-10), EASY, RHS, NONE, after(PREVIOUS))
+    exact = -np.linalg.solve(EASY, RHS)
+    assert values == sorted(values, reverse=True)
+    assert values[-1] > value(exact)
+    assert int(arrived.status) == Status.CONVERGED
+    residual = np.linalg.norm(EASY @ flat(arrived.step) + RHS)
+    assert residual <= (1e-10 + tolerance(np.float64, N, condition(EASY))) * np.linalg.norm(RHS)
+
+
+@pytest.mark.parametrize("steps", [3, N])
+@pytest.mark.parametrize(
+    "previous", [0 * RHS, RHS, -2 * RHS, np.full(N, np.nan), np.full(N, np.inf)], ids=["0", "b", "-2 b", "nan", "inf"]
+)
+def test_momentum_without_a_plane_is_plain(previous, steps):
+    """Without a last solution, with one along the gradient, and with one that is not finite."""
+    plain = solve(CG(max_steps=steps, rtol=0.0, progress=0.0), EASY, RHS, NONE)
+    result = solve(moving(steps), EASY, RHS, NONE, after(previous))
+    assert_close(result.step, plain.step, size=N * N, condition=condition(EASY))
+    assert (int(result.status), int(result.solver_steps)) == (int(plain.status), steps)
+
+
+def test_momentum_with_one_parameter():
+    """There the gradient is along the last solution at every step."""
+    for previous in (2.0, -1e-3):
+        state = moving(3).init(jnp.ones(1))._replace(previous=jnp.asarray([previous]))
+        result = solve(moving(3), np.array([[3.0]]), np.array([6.0]), NONE, state)
+        assert_close(result.step, [-2.0])
+
+
 def test_jacobi_on_a_badly_scaled_problem():
     scales = np.geomspace(1e-2, 1e2, 20)
     x = np.random.default_rng(16).normal(size=(30, 20)) * scales
@@ -351,6 +410,8 @@ def test_float32_stays_float32():
         ({"rtol": float("nan")}, ValueError, "rtol must be"),
         ({"progress": -1.0}, ValueError, "progress must be"),
         ({"warm_start": float("inf")}, ValueError, "warm_start must be"),
+        ({"momentum": 0.9}, TypeError, "momentum must be True or False"),
+        ({"momentum": True, "warm_start": 0.9}, ValueError, "warm_start must be None"),
         ({"preconditioner": "jacobi"}, TypeError, "preconditioner must be one of gn_linear.preconditioners or None"),
     ],
 )

@@ -4,7 +4,7 @@ Each is a residual vector as a function of a parameter vector, a standard start,
 squares, the lowest first. Numbers in the names of the functions are those of the paper.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -328,7 +328,7 @@ def padded_start(problem: Problem, factor: float) -> np.ndarray:
     return np.pad(problem.started(factor), (0, WIDTH - len(problem.start)))
 
 
-def any_residuals(x: Any, index: Any) -> Any:
+def any_residuals(x: Any, index: Any, problems: Sequence[Problem] = tuple(PROBLEMS)) -> Any:
     """The residuals of the problem of this number, padded, so that one compilation serves the whole table."""
 
     def branch(problem: Problem) -> Callable[[Any], Any]:
@@ -338,4 +338,4 @@ def any_residuals(x: Any, index: Any) -> Any:
 
         return residuals
 
-    return jax.lax.switch(index, [branch(problem) for problem in PROBLEMS], x)
+    return jax.lax.switch(index, [branch(problem) for problem in problems], x)

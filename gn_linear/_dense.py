@@ -22,11 +22,14 @@ import jax.numpy as jnp
 
 from gn_linear import _capture, _tree
 from gn_linear._krylov import is_shift, product_rounding
-from gn_linear._typing import Count, Flag, Params, Scalar
+from gn_linear._typing import Flag, Params, Scalar
 from gn_linear.curvature import LinearisedProblem
 
 REFINEMENTS = 3
 """How often a solution is corrected; each costs four products with a matrix like the Jacobian."""
+
+UNROLLED = 1
+"""So many corrections are made one after another, without a loop."""
 
 ROUNDING = 10
 """A damping below so many roundings of the trace of the matrix is raised to that in its factor."""
@@ -77,11 +80,14 @@ class Equations(NamedTuple):
             The step, and whether it is any better than none: without damping there may be a slope without curvature.
         """
 
-        def correct(_: Count, step: jax.Array) -> jax.Array:
+        def corrected(step: jax.Array) -> jax.Array:
             return step - inverse(self.residual(step, damping))
 
         none = jnp.zeros_like(self.rest)
-        step = jax.lax.fori_loop(0, 1 + corrections, correct, none)
+        if corrections > UNROLLED:
+            step = jax.lax.fori_loop(0, 1 + corrections, lambda _, step: corrected(step), none)
+        else:  # on the CPU the iterations of a loop cost more than what small problems do in them
+            step = corrected(corrected(none)) if corrections else corrected(none)
         before, after = _tree.norm(self.residual(none, damping)), _tree.norm(self.residual(step, damping))
         # Without damping a slope without curvature stays in the residual, however small a part of it.
         undamped = jnp.max(self.weights, initial=0.0) + damping <= 0

@@ -40,14 +40,17 @@ def table() -> list[tuple[mgh.Problem, float, float, np.ndarray, float]]:
     """Every problem from every start at the defaults: costs before and after, parameters. One compilation for all."""
 
     @jax.jit
-    def solve(index: Any, start: Any) -> Any:
-        before = 0.5 * jnp.sum(mgh.any_residuals(start, index) ** 2)
-        found = gnl.least_squares(mgh.any_residuals, start, args=(index,))
-        return before, found.params, found.cost  # the rest is not compiled
+    def solve(start: Any, index: Any) -> Any:
+        return gnl.least_squares(mgh.any_residuals, start, args=(index,)).params  # the rest is not compiled
 
-    starts = [(i, p, factor) for i, p in enumerate(mgh.PROBLEMS) for factor in mgh.FACTORS]
-    found = [(p, factor, *solve(i, mgh.padded_start(p, factor))) for i, p, factor in starts]
-    return [(p, factor, float(before), np.asarray(x), float(cost)) for p, factor, before, x, cost in found]
+    cost = jax.jit(lambda x, index: 0.5 * jnp.sum(mgh.any_residuals(x, index) ** 2))
+    rows = []
+    for index, problem in enumerate(mgh.PROBLEMS):
+        for factor in mgh.FACTORS:
+            start = mgh.padded_start(problem, factor)
+            found = solve(start, index)
+            rows.append((problem, factor, float(cost(start, index)), np.asarray(found), float(cost(found, index))))
+    return rows
 
 
 def test_known_minima_are_reached_from_most_starts(table):
@@ -83,6 +86,15 @@ def test_standard_errors_are_those_of_scipy():
     np.testing.assert_allclose([low["k"], high["k"]], [k - half, k + half], rtol=three)
 
 
+def test_standard_errors_of_the_readme_are_those_of_scipy():
+    t = np.linspace(0.0, 4.0, 30)
+    y = 2.0 * np.exp(-1.3 * t) + 0.05 * np.asarray(jax.random.normal(jax.random.key(2), t.shape))
+    found = gnl.least_squares(lambda p: p["a"] * jnp.exp(-p["k"] * t) - y, START).standard_errors()
+    _, covariance = scipy.optimize.curve_fit(lambda t, a, k: a * np.exp(-k * t), t, y, [1.0, 1.0])
+    three = 1e-3
+    np.testing.assert_allclose([found["a"], found["k"]], np.sqrt(np.diag(covariance)), rtol=three)
+
+
 def test_report_says_what_happened():
     report = fitted().report()
     for part in ("['a']", "['k']", "+-", "cost", "steps", "converged", "QR, chosen for 30 residuals and 2 parameters"):
@@ -113,18 +125,36 @@ def test_curve_fit_weighs_by_sigma():
         np.testing.assert_allclose(solution.covariance(absolute=absolute), covariance, rtol=1e-3)
 
 
-# Certified by NIST's Statistical Reference Datasets: Misra1a, lower difficulty, and its residual standard deviation.
+# Certified by NIST's Statistical Reference Datasets: Misra1a to Misra1d, four models of the same data.
 MISRA_X = mgh.numbers("77.6 114.9 141.1 190.8 239.9 289.0 332.8 378.4 434.8 477.3 536.8 593.1 689.1 760.0")
 MISRA_Y = mgh.numbers("10.07 14.73 17.94 23.93 29.61 35.18 40.02 44.82 50.76 55.05 61.01 66.40 75.47 81.78")
+MISRA = [
+    lambda x, b: b[0] * (1 - jnp.exp(-b[1] * x)),
+    lambda x, b: b[0] * (1 - (1 + b[1] * x / 2) ** -2),
+    lambda x, b: b[0] * (1 - (1 + 2 * b[1] * x) ** -0.5),
+    lambda x, b: b[0] * b[1] * x / (1 + b[1] * x),
+]
+# The second start, the parameters, their standard deviations, and the residual sum of squares.
+CERTIFIED = [
+    ([250, 5e-4], [2.3894212918e2, 5.5015643181e-4], [2.7070075241, 7.2668688436e-6], 1.2455138894e-1),
+    ([300, 2e-4], [3.3799746163e2, 3.9039091287e-4], [3.1643950207, 4.2547321834e-6], 7.5464681533e-2),
+    ([600, 2e-4], [6.3642725809e2, 2.0813627256e-4], [4.6638326572, 1.7728423155e-6], 4.0966836971e-2),
+    ([450, 3e-4], [4.3736970754e2, 3.0227324449e-4], [3.6489174345, 2.9334354479e-6], 5.6419295283e-2),
+]
 
 
-def test_certified_values_of_misra1a():
-    for start in ([500.0, 1e-4], [250.0, 5e-4]):
-        solution = gnl.curve_fit(lambda x, b: b[0] * (1 - jnp.exp(-b[1] * x)), MISRA_X, MISRA_Y, np.array(start))
-        digits = 1e-6
-        np.testing.assert_allclose(solution.params, [2.3894212918e2, 5.5015643181e-4], rtol=digits)
-        np.testing.assert_allclose(solution.standard_errors(), [2.7070075241, 7.2668688436e-6], rtol=digits)
-        np.testing.assert_allclose(2 * solution.cost, 1.2455138894e-1, rtol=digits)
+def test_certified_values_of_misra():
+    @jax.jit
+    def solve(start: Any, index: Any) -> Any:
+        return gnl.curve_fit(lambda x, b: jax.lax.switch(index, MISRA, x, b), MISRA_X, MISRA_Y, start)
+
+    digits = 1e-6
+    for index, (near, params, errors, squares) in enumerate(CERTIFIED):
+        for start in ([500.0, 1e-4], near):
+            solution = solve(jnp.array(start), index)
+            np.testing.assert_allclose(solution.params, params, rtol=digits)
+            np.testing.assert_allclose(solution.standard_errors(), errors, rtol=digits)
+            np.testing.assert_allclose(2 * solution.cost, squares, rtol=digits)
 
 
 # --- degenerate problems ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Outcome(enum.IntEnum):
     MAX_STEPS = 0
     """The cap on steps was reached."""
     GRADIENT = 1
-    """The gradient is zero: every column of the Jacobian is orthogonal to the residuals."""
+    """The gradient is zero, since every column of the Jacobian is orthogonal to the residuals."""
     COST = 2
     """The cost falls no more."""
     STEP = 3

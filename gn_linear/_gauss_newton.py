@@ -93,6 +93,7 @@ class GaussNewtonState(NamedTuple):
         count: updates so far, shape ().
         damping: the damping policy's state.
         scale: the curvature scale, 0 before the first finite one, shape ().
+        reached: the objective at the end of the last step taken, on its own batch, shape ().
         solver: the solver's state.
         model: a checksum of the parameters' shapes, so that another model's state is refused, shape ().
         info: what the last update did.
@@ -101,6 +102,7 @@ class GaussNewtonState(NamedTuple):
     count: Count
     damping: damping_policies.DampingState
     scale: Scalar
+    reached: Scalar
     solver: Any
     model: jax.Array
     info: GaussNewtonInfo
@@ -220,8 +222,17 @@ class _GaussNewton:
             refused_in_a_row=none,
             refusal=none,
         )
-        policy, scale, model = self.policy.init(dtype), jnp.zeros([], dtype), _tree.checksum(params)
-        return _tree.copied(GaussNewtonState(none, policy, scale, self.solver.init(params), model, info))
+        zero = jnp.zeros([], dtype)
+        state = GaussNewtonState(
+            count=none,
+            damping=self.policy.init(dtype),
+            scale=zero,
+            reached=zero,
+            solver=self.solver.init(params),
+            model=_tree.checksum(params),
+            info=info,
+        )
+        return _tree.copied(state)
 
     def update(
         self,
@@ -282,7 +293,8 @@ class _GaussNewton:
             hopeless=hopeless,
             same_batch=curved is problem,
         )
-        last, learnt = search.run(state.damping)
+        surprise = (problem.objective.astype(scale.dtype) - state.reached) / state.info.predicted_reduction
+        last, learnt = search.run(self.policy.reviewed(state.damping, state.info.gain_ratio, surprise))
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(last.trial.accepted, u, jnp.full_like(u, -0.0)), last.emitted)
         kept_by_solver = last.trial.accepted if self.solver.part_of_run else _tree.all_finite(last.result.step)
@@ -291,6 +303,7 @@ class _GaussNewton:
             damping=learnt,
             # A scale under which every step is rounding came from another regime, and is estimated anew.
             scale=jnp.where(last.trial.informative | ~jnp.asarray(self.policy.adaptive), scale, jnp.zeros_like(scale)),
+            reached=jnp.where(last.trial.accepted, last.trial.reached.astype(scale.dtype), state.reached),
             solver=_tree.where(kept_by_solver, last.result.state, state.solver),
             model=state.model,
             info=_report(problem, last, state.info),

@@ -30,6 +30,7 @@ class Trial(NamedTuple):
         actual: reduction of the objective, less what the incoming gradient holds besides this batch's.
         predicted: reduction by the quadratic model.
         gain_ratio: the one over the other.
+        reached: the objective at the end of the step.
         refusal: a ``Refusal``.
         informative: whether the reductions are more than rounding.
     """
@@ -37,6 +38,7 @@ class Trial(NamedTuple):
     actual: Scalar
     predicted: Scalar
     gain_ratio: Scalar
+    reached: Scalar
     refusal: Count
     informative: Flag
 
@@ -240,4 +242,4 @@ def judge(
         ],
         Refusal.NONE,
     )
-    return Trial(actual, predicted, ratio, refusal, ~noise)
+    return Trial(actual, predicted, ratio, trial_objective, refusal, ~noise)

@@ -193,7 +193,7 @@ def test_bounds_are_positive_and_finite(policy, name, value):
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_weight_of_the_next_batch_is_between_zero_and_one(value):
-    with pytest.raises(ValueError, match="^fresh must be"):
+    with pytest.raises(ValueError, match=r"^fresh must be"):
         LevenbergMarquardt(fresh=value)
 
 

@@ -307,8 +307,9 @@ class _GaussNewton:
             hopeless=hopeless,
             same_batch=curved is problem,
         )
-        surprise = (problem.objective.astype(scale.dtype) - state.reached) / state.info.predicted_reduction
-        last, learnt = search.run(self.policy.reviewed(state.damping, state.info.gain_ratio, surprise))
+        surprise, before = problem.objective.astype(scale.dtype) - state.reached, state.info
+        damping = self.policy.reviewed(state.damping, before.gain_ratio, surprise, before.predicted_reduction)
+        last, learnt = search.run(damping)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(last.trial.accepted, u, jnp.full_like(u, -0.0)), last.emitted)
         return kept, _next_state(state, search, last, scale)._replace(damping=learnt)

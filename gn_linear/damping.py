@@ -19,6 +19,7 @@ __all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Path", "Policy", "
 
 LARGEST = 1e38
 """The largest multiple: what float32 holds."""
+_MEMORY = 0.8
 
 
 class DampingState(NamedTuple):
@@ -28,11 +29,15 @@ class DampingState(NamedTuple):
         multiple: the damping in multiples of the curvature scale, shape ().
         growth: the factor by which the next refusal multiplies it, shape ().
         tried: the multiple of the last step, if that lowered the objective as promised by the model, else 0; shape ().
+        surprise: running sum of what the batches say of each other's steps, see ``LevenbergMarquardt``; shape ().
+        predicted: running sum of the predicted reductions of these steps, shape ().
     """
 
     multiple: Scalar
     growth: Scalar
     tried: Scalar
+    surprise: Scalar
+    predicted: Scalar
 
 
 class Policy:
@@ -82,19 +87,20 @@ class Policy:
         del gain_ratio, accepted
         return state
 
-    def reviewed(self, state: DampingState, gain_ratio: Scalar, surprise: Scalar) -> DampingState:
+    def reviewed(self, state: DampingState, gain_ratio: Scalar, surprise: Scalar, predicted: Scalar) -> DampingState:
         """The state before a step, once its batch is known, which tells something about the last step, too.
 
         Args:
             state: what the policy remembers.
             gain_ratio: of the last step, on its own batch.
-            surprise: what the objective of the new batch is above that which the last step reached on its own batch,
-                in multiples of the reduction predicted for it; 0 on the full batch.
+            surprise: what the objective of the new batch is above that which the last step reached on its own batch;
+                0 on the full batch.
+            predicted: the reduction predicted for the last step.
 
         Returns:
             The new state; by default the old one.
         """
-        del gain_ratio, surprise
+        del gain_ratio, surprise, predicted
         return state
 
     def relax(self, state: DampingState) -> DampingState:
@@ -184,7 +190,7 @@ class _Bounded(Policy):
         """Back towards the first multiple: a damping so large that every step is rounding would never come down."""
         first = self.init(state.multiple.dtype)
         eased = jnp.maximum(state.multiple / 3, jnp.minimum(state.multiple, first.multiple))
-        return _starting_at(eased)
+        return state._replace(multiple=eased, growth=first.growth, tried=first.tried)
 
     def _within(self, multiple: jax.Array) -> jax.Array:
         bounds = (jnp.asarray(bound, multiple.dtype) for bound in (self.minimum, self.maximum))
@@ -214,14 +220,17 @@ class LevenbergMarquardt(_Bounded):
         \text{accepted:} \quad \mu \leftarrow \mu \max(\tfrac13, 1 - (2\rho - 1)^3), \quad \nu \leftarrow 2; \qquad
         \text{refused:} \quad \mu \leftarrow \mu \nu, \quad \nu \leftarrow 2 \nu.
 
-    On minibatches a step can fit its own batch at the expense of the others, and its gain ratio is 1 all the same. So
-    the objective at the end of an accepted step is taken for the mean of what its own batch and the next one say,
+    On minibatches a step can fit its own batch at the expense of the others, and its gain ratio is 1 all the same. The
+    next batch tells: its objective where the step ended is a surprise if it is above the one that the step reached on
+    its own batch. So the gain ratio of an accepted step is taken for
 
     .. math::
-        \rho = \frac{F_t(\theta_t) - (1 - \phi) F_t(\theta_{t+1}) - \phi F_{t+1}(\theta_{t+1})}{\text{predicted}},
-        \qquad 0 \le \rho \le 1,
+        \min(\rho, 1) - \phi \, \frac{\sum_k 0.8^k \, (F_{t+1-k} - F_{t-k})(\theta_{t+1-k})}
+        {\sum_k 0.8^k \, \text{predicted}_{t-k}},
+        \qquad \text{at least } 0,
 
-    with :math:`\phi` = ``fresh``, as soon as the next step evaluates it. On the full batch this changes nothing.
+    with :math:`\phi` = ``fresh`` and the sums over steps, as soon as the next step evaluates the objective. It costs
+    nothing, and on the full batch it changes nothing.
 
     A step whose actual and predicted reductions are both below the rounding of the objective tells nothing. It leaves
     the damping as it is, or eases it towards ``initial`` if it is above.
@@ -230,7 +239,7 @@ class LevenbergMarquardt(_Bounded):
         initial: the first multiple.
         minimum: the smallest multiple.
         maximum: the largest multiple, at most 1e38.
-        fresh: weight of the next batch's objective in the gain ratio, from 0 to 1; 0 believes a step's own batch.
+        fresh: weight of the next batches' surprise, from 0 to 1; 0 believes a step's own batch.
 
     Raises:
         TypeError: one of them is not a number.
@@ -263,16 +272,25 @@ class LevenbergMarquardt(_Bounded):
         trusted = accepted & (ratio > 0)
         multiple = state.multiple * jnp.where(trusted, _nielsen(ratio), state.growth)
         growth = jnp.where(trusted, jnp.full_like(state.growth, 2.0), jnp.minimum(2 * state.growth, 2.0**16))
-        return DampingState(self._within(multiple), growth, jnp.where(trusted, state.multiple, 0))
+        return state._replace(
+            multiple=self._within(multiple), growth=growth, tried=jnp.where(trusted, state.multiple, 0)
+        )
 
-    def reviewed(self, state: DampingState, gain_ratio: Scalar, surprise: Scalar) -> DampingState:
+    def reviewed(self, state: DampingState, gain_ratio: Scalar, surprise: Scalar, predicted: Scalar) -> DampingState:
         """Nielsen's rule once more, with the next batch's word."""
         dtype = state.multiple.dtype
-        ratio = jnp.clip((gain_ratio - jnp.asarray(self.fresh, dtype) * surprise).astype(dtype), 0, 1)
-        usable = (state.tried > 0) & jnp.isfinite(surprise)
+        usable = (state.tried > 0) & jnp.isfinite(surprise) & jnp.isfinite(predicted) & (predicted > 0)
+        sums = [
+            jnp.where(usable, _MEMORY * total + new.astype(dtype), total)
+            for total, new in ((state.surprise, surprise), (state.predicted, predicted))
+        ]
+        share = jnp.asarray(self.fresh, dtype) * sums[0] / jnp.where(sums[1] > 0, sums[1], 1)
+        ratio = jnp.clip(jnp.minimum(gain_ratio.astype(dtype), 1) - share, 0, 1)
         return state._replace(
             multiple=jnp.where(usable, self._within(state.tried * _nielsen(ratio)), state.multiple),
             tried=jnp.zeros_like(state.tried),
+            surprise=sums[0],
+            predicted=sums[1],
         )
 
 
@@ -282,7 +300,8 @@ def _nielsen(ratio: Scalar) -> Scalar:
 
 
 def _starting_at(multiple: Scalar) -> DampingState:
-    return DampingState(multiple, jnp.full_like(multiple, 2.0), jnp.zeros_like(multiple))
+    zero = jnp.zeros_like(multiple)
+    return DampingState(multiple, jnp.full_like(multiple, 2.0), zero, zero, zero)
 
 
 @_tree.register_dataclass

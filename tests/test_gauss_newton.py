@@ -524,7 +524,7 @@ def test_damping_follows_what_the_next_batch_says_of_the_last_step(fresh):
         for p, (x, y) in zip((mlp_params(), before, before), (first, first, second), strict=True)
     )
     for name, reached in (("another batch", (1 - fresh) * own + fresh * other), ("the same batch", own)):
-        ratio = np.clip((start - reached) / info.predicted_reduction, 0.0, 1.0)
+        ratio = np.clip(min(info.gain_ratio, 1.0) - (reached - own) / info.predicted_reduction, 0.0, 1.0)
         wanted = info.damping * max(1 / 3, 1 - (2 * ratio - 1) ** 3)
         np.testing.assert_allclose(dampings[name], wanted, rtol=1e3 * eps() * float(start / info.predicted_reduction))
     assert (dampings["another batch"] == dampings["the same batch"]) == (fresh == 0)

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from gn_linear import _tree
 from gn_linear._outcome import Outcome
 from gn_linear._refusal import Refusal, first_reason
-from gn_linear._residuals import Point, Residuals, in_units, loss_of_points, scaled_problem, unit_of
+from gn_linear._residuals import (
+    Point,
+    Residuals,
+    in_units,
+    loss_of_points,
+    scaled_problem,
+    second_derivative,
+    unit_of,
+)
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Scalar
 from gn_linear.curvature import LinearisedProblem
@@ -73,6 +81,7 @@ class _Look(NamedTuple):
     point: Point
     scale: Scalar
     problem: LinearisedProblem
+    scaled: Flag
     metric: jax.Array
     stretch: jax.Array  # of the step, to that of the parameters
     columns: jax.Array
@@ -167,6 +176,7 @@ class FitLoop:
         left = look.scale * jnp.sqrt(2 * jnp.maximum(look.problem.objective - gained, 0))
         after = state._replace(
             vector=vector,
+            scaled=look.scaled,
             metric=look.metric,
             reference=look.reference,
             damping=learnt,
@@ -179,7 +189,11 @@ class FitLoop:
         )
         after = self._in_other_metric(after, left, (here == RUNNING) & look.uneven)
         capped = (after.status == RUNNING) & (after.steps >= self.max_steps)
-        return after._replace(status=jnp.where(capped, jnp.int32(Outcome.MAX_STEPS), after.status))
+        # Nothing is left, and still the parameters grow: nowhere else can this be told from a fit that began far away.
+        vanished = left <= jnp.finfo(left.dtype).eps * after.first
+        endless = vanished & (_tree.norm(after.vector) > _tree.norm(state.vector))
+        reached = jnp.where(endless, jnp.int32(Outcome.UNBOUNDED), jnp.int32(Outcome.MAX_STEPS))
+        return after._replace(status=jnp.where(capped, reached, after.status))
 
     def _look(self, state: FitState) -> _Look:
         point = self.residuals.point(state.vector)
@@ -191,29 +205,38 @@ class FitLoop:
         free = ~jnp.asarray(self.frozen) & ~blocked
         columns = jnp.where(free, point.columns, jnp.zeros_like(point.columns))
         largest = _or_one(jnp.max(columns, initial=0.0))
+        smallest = jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf)
+        # Next to the largest column's square, that of one below the root of rounding would be lost.
+        lost = (state.steps == 0) & (smallest < jnp.finfo(largest.dtype).eps ** 0.5 * largest)
+        scaled = state.scaled | lost if self.scaling is None else state.scaled
         running = jnp.maximum(state.metric, point.columns)
-        metric = jnp.where(state.scaled & (running > 0), running, largest)
+        metric = jnp.where(scaled & (running > 0), running, largest)
         inverse = jnp.where(free, 1 / metric, jnp.zeros_like(metric))
         cosines = jnp.abs(gradient) / _or_one(columns) / _or_one(_tree.norm(slope))
         # The damping of an unscaled metric is a multiple of the largest column's square, which has changed.
-        drift = jnp.where((state.reference > 0) & ~state.scaled, state.reference / largest, jnp.ones_like(largest))
+        drift = jnp.where((state.reference > 0) & ~scaled, state.reference / largest, jnp.ones_like(largest))
         multiple = jnp.clip(state.damping.multiple * drift * drift, POLICY.minimum, POLICY.maximum)
         return _Look(
             point=point,
             scale=scale,
             problem=scaled_problem(point, loss, scale, inverse),
-            metric=jnp.where(state.scaled, running, state.metric),
+            scaled=scaled,
+            metric=jnp.where(scaled, running, state.metric),
             stretch=scale * inverse,
             columns=columns,
             cosine=jnp.max(jnp.where(columns > 0, cosines, jnp.zeros_like(cosines)), initial=0.0),
             damping=state.damping._replace(multiple=multiple),
             reference=largest,
-            uneven=jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf) < EVEN * largest,
+            uneven=smallest < EVEN * largest,
             finite=jnp.isfinite(scale) & _tree.all_finite((gradient, point.columns)),
         )
 
     def _moved(self, vector: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.clip(vector + step, self.lower, self.upper)
+        end = jnp.clip(vector + step, self.lower, self.upper)
+        # Onto a bound, not within rounding of it: what is held there no longer takes part in the steps.
+        rounding = 4 * jnp.finfo(end.dtype).eps * (jnp.abs(vector) + jnp.abs(end))
+        end = jnp.where((step < 0) & (end - self.lower <= rounding), self.lower, end)
+        return jnp.where((step > 0) & (self.upper - end <= rounding), self.upper, end)
 
     def _adjusted(self, state: FitState, look: _Look, step: jax.Array, damping: Scalar) -> jax.Array:
         if self.acceleration:
@@ -225,14 +248,15 @@ class FitLoop:
 
     def _bent(self, state: FitState, look: _Look, step: jax.Array, damping: Scalar) -> jax.Array:
         """The step and half its acceleration, if that is the smaller part of it."""
-        velocity = look.stretch * step
-
-        def slope(v: jax.Array) -> jax.Array:
-            return jax.jvp(self.residuals.vector, (v,), (velocity,))[1]
-
-        second = jax.jvp(slope, (state.vector,), (velocity,))[1][None] / look.scale
-        curved = dataclasses.replace(look.problem, output_gradient=look.problem.hessian.product(second))
-        rhs = curved.linearisation.vjp(curved.output_gradient)
+        problem, velocity = look.problem, look.stretch * step
+        if self.residuals.compressed:
+            outward = jnp.zeros_like(problem.output_gradient)
+            rhs = look.stretch / look.scale * self.residuals.bend(state.vector, velocity, look.scale)
+        else:
+            second = second_derivative(self.residuals.vector, state.vector, velocity)[None] / look.scale
+            outward = problem.hessian.product(second)
+            rhs = problem.linearisation.vjp(outward)
+        curved = dataclasses.replace(problem, output_gradient=outward)
         found = self.solver.solve(self.solver.prepare(curved, rhs, state.solver), damping)
         small = 2 * _tree.norm(found.step) <= BENT * _tree.norm(step)
         return jnp.where(small & _tree.all_finite(found.step), step + 0.5 * found.step, step)
@@ -256,12 +280,17 @@ class FitLoop:
         columns = jnp.where(look.columns > 0, look.columns, jnp.zeros_like(look.columns))
         length = _tree.norm(columns * (moved - state.vector))
         short = length <= jnp.asarray(self.rtol, length.dtype) * _tree.norm(columns * state.vector)
+        # A step that a bound has just cut short says nothing of the parameters that are left.
+        landed = (moved != state.vector) & ((moved <= self.lower) | (moved >= self.upper))
+        whole = ~jnp.any(landed) | (last.trial.refusal == Refusal.ROUNDING)
+        level, short = level & whole, short & whole
         held = last.damping > 1
+        far = jnp.finfo(objective.dtype).eps ** 0.25  # a gradient with a larger cosine is no rounding
         # Residuals far below those of the start are as small as rounding lets them be, wherever they point.
-        large = look.scale * jnp.sqrt(objective) > FAR * state.first
+        large = look.scale * jnp.sqrt(objective) > far * state.first
         idle = short | ~trial.informative | (learnt.multiple >= POLICY.maximum)
-        useless = ~trial.accepted | (trial.actual <= 0)
-        stuck = useless & (look.cosine > FAR) & large & held & idle
+        useless = ~trial.accepted | ~trial.informative
+        stuck = useless & (look.cosine > far) & large & held & idle & whole
         return _first(
             [
                 (stuck, Outcome.STALLED),
@@ -289,10 +318,6 @@ class FitLoop:
             status=jnp.full_like(state.status, RUNNING),
         )
         return _tree.where(again, fresh, state)
-
-
-FAR = 1e-4
-"""A gradient with a larger cosine to the residuals is no rounding."""
 
 
 def vector_fits(vector: jax.Array, step: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:

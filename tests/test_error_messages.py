@@ -920,7 +920,6 @@ call("least_squares/labels", "the residuals", "int32", of=lambda: fit(lambda p: 
 call("Options/loss", "loss", "'huber'", of=lambda: gnl.Options(loss="huber"))
 call("Options/scaling", "scaling", "'jac'", of=lambda: gnl.Options(scaling="jac"))
 call("Options/acceleration", "acceleration", "1", of=lambda: gnl.Options(acceleration=1))
-call("Options/chunks and weights", "chunks", "weights", of=lambda: gnl.Options(chunks=X, weights=1.0))
 call("Options/bounds of another tree", "lower", "['b'] is missing", of=lambda: options(lower={"w": 0.0, "bias": 0.0}))
 call(
     "Options/bounds of another shape", "lower: leaf ['w']", "(2,)", of=lambda: options(lower={"w": floats(2), "b": 0.0})

@@ -23,9 +23,9 @@ from benchmarks.suites import Results
 from benchmarks.tables import Row
 
 TUNING_SEEDS = (100, 101)
-HOPELESS = 3.0
+HOPELESS = 2.0
 """A run of the tuning ends at so many times the seconds in which another setting of its method got to the end."""
-SLACK, LEAST_SECONDS = 5.0, 1.0
+SLACK, LEAST_SECONDS = 4.0, 0.6
 """Every run has so many times the seconds in which the first of its race got to the end, and at least so many."""
 QUICK_SECONDS = 0.5
 SLICE = 0.25

@@ -198,7 +198,7 @@ def kronecker(inner_steps: int) -> Entry:
     return ours(f"Kronecker, CG({inner_steps})", solver)
 
 
-DEFAULTS = ours("defaults")
+DEFAULTS = ours("default solver")
 KRONECKER = (kronecker(1), kronecker(3))
 KRONECKER_LONG = (kronecker(3), kronecker(8))
 CHOLESKY = ours("Cholesky", gnl.solvers.Cholesky())

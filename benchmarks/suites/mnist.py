@@ -62,7 +62,7 @@ def contests() -> list[Contest]:
             held=lambda seed: images(),
             targets=(1e-2, 1e-3),
             entries=(*OURS, *PEERS),
-            seconds=8.0,
+            seconds=5.0,
             steps=1000,
         )
     ]

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks import contest, data, foreign, methods, networks, standings
 from benchmarks.contest import Contest
@@ -92,25 +91,5 @@ def run(settings: Settings) -> Results:
     return contest.run(contests(), settings)
 
 
-def table(results: Results) -> str:
-    """Writes the standings and the goals.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The tables.
-    """
-    return standings.table(results, GOALS, METRICS)
-
-
-def figure(results: Results) -> Figure:
-    """Draws loss and test error against seconds.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The figure.
-    """
-    return standings.figure(results, "Digits of 8 x 8 pixels, perceptron 64-128-128-10", METRICS)
+table = functools.partial(standings.table, goals=GOALS, metrics=METRICS)
+figure = functools.partial(standings.figure, title="Digits of 8 x 8 pixels, perceptron 64-128-128-10", metrics=METRICS)

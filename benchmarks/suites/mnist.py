@@ -8,7 +8,6 @@ import functools
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks import contest, data, foreign, methods, networks, standings
 from benchmarks.contest import Contest
@@ -80,25 +79,7 @@ def run(settings: Settings) -> Results:
     return contest.run(contests(), settings)
 
 
-def table(results: Results) -> str:
-    """Writes the standings and the goals.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The tables.
-    """
-    return standings.table(results, GOALS, METRICS)
-
-
-def figure(results: Results) -> Figure:
-    """Draws the loss against seconds.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The figure.
-    """
-    return standings.figure(results, "5,000 images of MNIST, minibatches of 500, perceptron 784-256-256-10", METRICS)
+table = functools.partial(standings.table, goals=GOALS, metrics=METRICS)
+figure = functools.partial(
+    standings.figure, title="5,000 images of MNIST, minibatches of 500, perceptron 784-256-256-10", metrics=METRICS
+)

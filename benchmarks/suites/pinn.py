@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks import contest, foreign, methods, networks, standings
 from benchmarks.contest import Contest
@@ -111,25 +110,7 @@ def run(settings: Settings) -> Results:
     return results
 
 
-def table(results: Results) -> str:
-    """Writes the standings and the goals.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The tables.
-    """
-    return standings.table(results, GOALS, METRICS)
-
-
-def figure(results: Results) -> Figure:
-    """Draws the error against seconds.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The figure.
-    """
-    return standings.figure(results, "Poisson's equation on the unit square, perceptron 2-32-32-1", METRICS)
+table = functools.partial(standings.table, goals=GOALS, metrics=METRICS)
+figure = functools.partial(
+    standings.figure, title="Poisson's equation on the unit square, perceptron 2-32-32-1", metrics=METRICS
+)

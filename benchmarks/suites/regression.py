@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks import contest, data, foreign, methods, networks, standings
 from benchmarks.contest import Contest
@@ -88,25 +87,7 @@ def run(settings: Settings) -> Results:
     return contest.run(contests(), settings)
 
 
-def table(results: Results) -> str:
-    """Writes the standings and the goals.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The tables.
-    """
-    return standings.table(results, GOALS, METRICS)
-
-
-def figure(results: Results) -> Figure:
-    """Draws the loss against seconds.
-
-    Args:
-        results: what `run` returned.
-
-    Returns:
-        The figure.
-    """
-    return standings.figure(results, "1,000 points of a smooth function, perceptron 2-64-64-1", METRICS)
+table = functools.partial(standings.table, goals=GOALS, metrics=METRICS)
+figure = functools.partial(
+    standings.figure, title="1,000 points of a smooth function, perceptron 2-64-64-1", metrics=METRICS
+)

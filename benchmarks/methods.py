@@ -199,7 +199,7 @@ def kronecker(inner_steps: int) -> Entry:
 
 
 DEFAULTS = ours("default solver")
-KRONECKER = (kronecker(1), kronecker(3))
+KRONECKER = (kronecker(2), kronecker(3))
 KRONECKER_LONG = (kronecker(3), kronecker(8))
 CHOLESKY = ours("Cholesky", gnl.solvers.Cholesky())
 ADAM = first_order("optax adam", optax.adam, (1e-3, 3e-3, 1e-2, 3e-2))

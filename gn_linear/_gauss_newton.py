@@ -144,7 +144,7 @@ def gauss_newton(
         loss: a loss of ``gn_linear.losses``, or any convex ``loss(outputs, targets)`` that returns a scalar or one
             value per example.
         solver: the inner solver; None takes what ``solvers.choose`` finds for the parameters: for networks of dense
-            layers and convolutions two conjugate gradients with Kronecker factors and momentum, else ``CG()``.
+            layers and convolutions one conjugate gradient step with Kronecker factors and momentum, else ``CG()``.
         damping: a policy of ``gn_linear.damping``, or a number, which is a constant absolute damping.
         learning_rate: factor :math:`\eta` of the step, a number or an optax schedule.
         l2: coefficient :math:`\lambda` of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a number or a pytree like

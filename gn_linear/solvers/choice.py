@@ -47,9 +47,10 @@ class Choice(enum.IntEnum):
 def choose(params: Params) -> tuple[Solver, Choice]:
     """The solver that ``gauss_newton`` takes for these parameters if none is given.
 
-    One conjugate gradient step with Kronecker factors and momentum (KFAC with its exact learning rate and momentum), where at least half of more than 100
-    parameters are in arrays of two axes or more, both sides wider than 1; otherwise ``CG()``. Only shapes are looked
-    at. A weight that turns out to be in no matrix product alone has its diagonal for a preconditioner.
+    Where at least half of more than 100 parameters are in arrays of two axes or more, both sides wider than 1: one step
+    of conjugate gradients with Kronecker factors and momentum, which is KFAC with its exact learning rate and momentum.
+    Otherwise ``CG()``. Only shapes are looked at. A weight that turns out not to be used in matrix products alone has
+    its diagonal for a preconditioner.
 
     Args:
         params: the parameters that will be trained.

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 from gn_linear import _tree
 from gn_linear._outcome import Outcome
-from gn_linear._refusal import Refusal, first_reason
-from gn_linear._residuals import Point, Residuals, in_units, loss_of_points, scaled_problem, unit_of
+from gn_linear._refusal import Refusal, first_that_holds
+from gn_linear._residuals import Residuals, in_units, loss_of_points, scaled_problem, unit_of
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Scalar
-from gn_linear.curvature import LinearisedProblem
 from gn_linear.damping import DampingState, LevenbergMarquardt
 from gn_linear.solvers import Solver
 
@@ -45,12 +44,15 @@ class FitState(NamedTuple):
         reference: the largest column when the damping was last set, 0 before.
         damping: the policy's state.
         solver: the solver's.
-        first: the scale of the cost at the start.
+        first: the norm of the residuals at the start.
         entered: likewise, when this metric was entered.
+        left: likewise, now.
+        able: whether the other metric may find more.
         changes: how often the metric was changed.
         steps: searches so far.
         evaluations: of the residuals so far.
         status: an ``Outcome``, or ``RUNNING``.
+        kept: what else a kind of loop carries.
     """
 
     vector: jax.Array
@@ -61,18 +63,21 @@ class FitState(NamedTuple):
     solver: Any
     first: Scalar
     entered: Scalar
+    left: Scalar
+    able: Flag
     changes: Count
     steps: Count
     evaluations: Count
     status: Count
+    kept: Any = ()
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What is known at a point before a step is sought."""
 
-    point: Point
     scale: Scalar
-    problem: LinearisedProblem
+    objective: Scalar
+    problem: Any  # a LinearisedProblem, where a kind of loop poses one
     metric: jax.Array
     stretch: jax.Array  # of the step, to that of the parameters
     columns: jax.Array
@@ -90,7 +95,7 @@ class FitLoop:
     Attributes:
         residuals: of the fit.
         solver: the inner solver.
-        lower: bounds, shape (P,).
+        lower: bounds, shape (P,); None if there are none above either.
         upper: likewise.
         frozen: which parameters stay, shape (P,).
         scaling: as in ``Options``.
@@ -102,8 +107,8 @@ class FitLoop:
 
     residuals: Residuals
     solver: Solver
-    lower: jax.Array
-    upper: jax.Array
+    lower: jax.Array | None
+    upper: jax.Array | None
     frozen: Any
     scaling: bool | None
     acceleration: bool
@@ -120,7 +125,17 @@ class FitLoop:
         Returns:
             Its last state.
         """
-        return jax.lax.while_loop(lambda state: state.status == RUNNING, self._step, self._first(start))
+
+        def round_of(state: FitState) -> FitState:
+            after = self._step(state)
+            if self.scaling is not None or not self.residuals.dense:
+                return after
+            # In a branch, since the choice would cost a third of a small step; nothing large goes through it.
+            small = after._replace(vector=(), kept=(), solver=())
+            small = jax.lax.cond(after.status == RUNNING, lambda kept: kept, self._in_other_metric, small)
+            return small._replace(vector=after.vector, kept=after.kept, solver=after.solver)
+
+        return jax.lax.while_loop(lambda state: state.status == RUNNING, round_of, self._first(start))
 
     def _first(self, start: jax.Array) -> FitState:
         none, dtype = jnp.zeros([], jnp.int32), start.dtype
@@ -134,6 +149,8 @@ class FitLoop:
             solver=self.solver.init(start),
             first=jnp.full([], jnp.inf, dtype),
             entered=jnp.full([], jnp.inf, dtype),
+            left=jnp.full([], jnp.inf, dtype),
+            able=jnp.zeros([], bool),
             changes=none,
             steps=none,
             evaluations=jnp.ones([], jnp.int32),
@@ -153,55 +170,70 @@ class FitLoop:
             unit=jnp.ones_like(look.scale),
             count=state.steps,
             rate=jnp.ones_like(look.scale),
-            hopeless=first_reason([(~look.finite, Refusal.GRADIENT)], Refusal.NONE),
+            hopeless=first_that_holds([(~look.finite, Refusal.GRADIENT)], Refusal.NONE),
             adjusted=lambda step, mu: self._adjusted(state, look, step, mu),
         )
         last, learnt = search.run(look.damping)
+        solver = _tree.where(_tree.all_finite(last.result.step), last.result.state, state.solver)
+        here_left = look.scale * jnp.sqrt(2 * look.objective)
+        first = jnp.where(jnp.isinf(state.first), here_left, state.first)
+        return self._after(state._replace(first=first), look, last, learnt)._replace(solver=solver)
+
+    def _after(
+        self, state: FitState, look: Look, last: Attempt, learnt: DampingState, searched: Flag | bool = True
+    ) -> FitState:
+        """The state after an attempt, the last one of its search or not."""
         here = self._arrived(look)
-        taken = last.trial.accepted & (here == RUNNING)
+        going = here == RUNNING
+        taken = last.trial.accepted & going
         moved = self._moved(state.vector, look.stretch * last.emitted)
-        vector = jnp.where(taken, moved, state.vector)
-        ended = jnp.where(here == RUNNING, self._converged(state, look, last, learnt, moved), here)
-        here_left = look.scale * jnp.sqrt(2 * look.problem.objective)
+        ended = jnp.where(searched, self._converged(state, look, last, learnt, moved), jnp.int32(RUNNING))
         gained = jnp.where(taken, last.trial.actual, jnp.zeros_like(last.trial.actual))
-        left = look.scale * jnp.sqrt(2 * jnp.maximum(look.problem.objective - gained, 0))
-        after = state._replace(
-            vector=vector,
+        left = look.scale * jnp.sqrt(2 * jnp.maximum(look.objective - gained, 0))
+        steps = state.steps + (going & searched)
+        ended = jnp.where((ended == RUNNING) & (steps >= self.max_steps), jnp.int32(Outcome.MAX_STEPS), ended)
+        return state._replace(
+            vector=jnp.where(taken, moved, state.vector),
             metric=look.metric,
             reference=look.reference,
             damping=learnt,
-            solver=_tree.where(_tree.all_finite(last.result.step), last.result.state, state.solver),
-            first=jnp.where(jnp.isinf(state.first), here_left, state.first),
-            entered=jnp.where(state.reference == 0, here_left, state.entered),
-            steps=state.steps + (here == RUNNING),
-            evaluations=state.evaluations + jnp.where(here == RUNNING, last.evaluations, 0),
-            status=ended,
+            left=left,
+            able=going & look.uneven,
+            steps=steps,
+            evaluations=state.evaluations + jnp.where(going, last.evaluations, 0),
+            status=jnp.where(going, ended, here),
         )
-        after = self._in_other_metric(after, left, (here == RUNNING) & look.uneven)
-        capped = (after.status == RUNNING) & (after.steps >= self.max_steps)
-        return after._replace(status=jnp.where(capped, jnp.int32(Outcome.MAX_STEPS), after.status))
 
-    def _look(self, state: FitState) -> _Look:
+    def _look(self, state: FitState) -> Look:
         point = self.residuals.point(state.vector)
         loss = loss_of_points(self.residuals)
         scale = unit_of(point.residuals, loss)
         slope = in_units(loss, scale).gradient(point.residuals / scale)
         gradient = point.linearisation.vjp(slope)
-        blocked = (state.vector <= self.lower) & (gradient > 0) | (state.vector >= self.upper) & (gradient < 0)
-        free = ~jnp.asarray(self.frozen) & ~blocked
-        columns = jnp.where(free, point.columns, jnp.zeros_like(point.columns))
+        look, inverse = self._look_along(state, scale, point.columns, gradient, _or_one(_tree.norm(slope)))
+        problem = scaled_problem(point, loss, scale, inverse)
+        finite = look.finite & _tree.all_finite(gradient)
+        return look._replace(problem=problem, objective=problem.objective, finite=finite)
+
+    def _look_along(
+        self, state: FitState, scale: Scalar, columns: jax.Array, gradient: jax.Array, slope: Scalar | float
+    ) -> tuple[Look, jax.Array]:
+        """What the columns of the Jacobian and the gradient tell, and the inverse of the metric."""
+        free = ~jnp.asarray(self.frozen) & ~self._blocked(state.vector, gradient)
+        running = jnp.maximum(state.metric, columns)
+        finite = jnp.isfinite(scale) & jnp.isfinite(jnp.max(columns, initial=0.0))
+        columns = jnp.where(free, columns, jnp.zeros_like(columns))
         largest = _or_one(jnp.max(columns, initial=0.0))
-        running = jnp.maximum(state.metric, point.columns)
         metric = jnp.where(state.scaled & (running > 0), running, largest)
         inverse = jnp.where(free, 1 / metric, jnp.zeros_like(metric))
-        cosines = jnp.abs(gradient) / _or_one(columns) / _or_one(_tree.norm(slope))
+        cosines = jnp.abs(gradient) / _or_one(columns) / slope
         # The damping of an unscaled metric is a multiple of the largest column's square, which has changed.
         drift = jnp.where((state.reference > 0) & ~state.scaled, state.reference / largest, jnp.ones_like(largest))
         multiple = jnp.clip(state.damping.multiple * drift * drift, POLICY.minimum, POLICY.maximum)
-        return _Look(
-            point=point,
+        look = Look(
             scale=scale,
-            problem=scaled_problem(point, loss, scale, inverse),
+            objective=jnp.full_like(scale, 0.5),
+            problem=None,
             metric=jnp.where(state.scaled, running, state.metric),
             stretch=scale * inverse,
             columns=columns,
@@ -209,21 +241,31 @@ class FitLoop:
             damping=state.damping._replace(multiple=multiple),
             reference=largest,
             uneven=jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf) < EVEN * largest,
-            finite=jnp.isfinite(scale) & _tree.all_finite((gradient, point.columns)),
+            finite=finite,
         )
+        return look, inverse
+
+    def _blocked(self, vector: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Which parameters are at a bound that the gradient pushes them against."""
+        if self.lower is None or self.upper is None:
+            return jnp.zeros_like(vector, bool)
+        return (vector <= self.lower) & (gradient > 0) | (vector >= self.upper) & (gradient < 0)
 
     def _moved(self, vector: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.clip(vector + step, self.lower, self.upper)
+        return vector + step if self.lower is None else jnp.clip(vector + step, self.lower, self.upper)
 
-    def _adjusted(self, state: FitState, look: _Look, step: jax.Array, damping: Scalar) -> jax.Array:
+    def _adjusted(self, state: FitState, look: Look, step: jax.Array, damping: Scalar) -> jax.Array:
         if self.acceleration:
             step = self._bent(state, look, step, damping)
+        if self.lower is None or self.upper is None:
+            return step
         inside = self._moved(state.vector, look.stretch * step) - state.vector
-        within = vector_fits(state.vector, look.stretch * step, self.lower, self.upper)
+        end = state.vector + look.stretch * step
+        within = (end >= self.lower) & (end <= self.upper)
         shortened = inside / jnp.where(look.stretch > 0, look.stretch, jnp.ones_like(look.stretch))
         return jnp.where(within, step, jnp.where(look.stretch > 0, shortened, jnp.zeros_like(step)))
 
-    def _bent(self, state: FitState, look: _Look, step: jax.Array, damping: Scalar) -> jax.Array:
+    def _bent(self, state: FitState, look: Look, step: jax.Array, damping: Scalar) -> jax.Array:
         """The step and half its acceleration, if that is the smaller part of it."""
         velocity = look.stretch * step
 
@@ -237,76 +279,72 @@ class FitLoop:
         small = 2 * _tree.norm(found.step) <= BENT * _tree.norm(step)
         return jnp.where(small & _tree.all_finite(found.step), step + 0.5 * found.step, step)
 
-    def _arrived(self, look: _Look) -> Count:
+    def _arrived(self, look: Look) -> Count:
         """The outcome if there is nothing to do at a point, or ``RUNNING``."""
         atol = jnp.asarray(self.atol, look.scale.dtype)
-        nothing = (look.problem.objective == 0) | (look.cosine <= _square(self.rtol, look.scale))
-        close = look.scale * jnp.sqrt(2 * look.problem.objective) <= atol
-        return _first(
-            [(~look.finite, Outcome.NON_FINITE), (close & (atol > 0), Outcome.RESIDUALS), (nothing, Outcome.GRADIENT)]
+        nothing = (look.objective == 0) | (look.cosine <= _square(self.rtol, look.scale))
+        close = look.scale * jnp.sqrt(2 * look.objective) <= atol
+        return first_that_holds(
+            [(~look.finite, Outcome.NON_FINITE), (close & (atol > 0), Outcome.RESIDUALS), (nothing, Outcome.GRADIENT)],
+            RUNNING,
         )
 
-    def _converged(self, state: FitState, look: _Look, last: Attempt, learnt: DampingState, moved: jax.Array) -> Count:
+    def _converged(self, state: FitState, look: Look, last: Attempt, learnt: DampingState, moved: jax.Array) -> Count:
         """The outcome of a step, or ``RUNNING``."""
-        trial, objective = last.trial, look.problem.objective
+        trial, objective = last.trial, look.objective
         # Of the cost, to second order, a relative accuracy of the parameters is the square.
         bound = jnp.maximum(_square(self.rtol, objective), 8 * jnp.finfo(objective.dtype).eps) * objective
         level = (jnp.abs(trial.actual) <= bound) & (trial.predicted <= bound) & (trial.gain_ratio <= 2)
         level = (level & trial.accepted) | ~trial.informative
         columns = jnp.where(look.columns > 0, look.columns, jnp.zeros_like(look.columns))
-        length = _tree.norm(columns * (moved - state.vector))
-        short = length <= jnp.asarray(self.rtol, length.dtype) * _tree.norm(columns * state.vector)
+        length, extent = _norms(jnp.stack([columns * (moved - state.vector), columns * state.vector]))
+        short = length <= jnp.asarray(self.rtol, length.dtype) * extent
         held = last.damping > 1
         # Residuals far below those of the start are as small as rounding lets them be, wherever they point.
         large = look.scale * jnp.sqrt(objective) > FAR * state.first
         idle = short | ~trial.informative | (learnt.multiple >= POLICY.maximum)
         useless = ~trial.accepted | (trial.actual <= 0)
         stuck = useless & (look.cosine > FAR) & large & held & idle
-        return _first(
+        return first_that_holds(
             [
                 (stuck, Outcome.STALLED),
                 (level, Outcome.COST),
                 (short & (trial.accepted | trial.too_long), Outcome.STEP),
                 (learnt.multiple >= POLICY.maximum, Outcome.COST),
-            ]
+            ],
+            RUNNING,
         )
 
-    def _in_other_metric(self, state: FitState, left: Scalar, able: Flag) -> FitState:
+    def _in_other_metric(self, state: FitState) -> FitState:
         """Goes on in the other metric where a fit would end, unless neither finds anything any more."""
-        if self.scaling is not None or not self.residuals.dense:
-            return state
-        gained = left < state.entered * (1 - WORTHWHILE)
-        again = (
-            (state.status != RUNNING) & able & (left > 0) & ((state.changes == 0) | gained & (state.changes < CHANGES))
+        gained = state.left < state.entered * (1 - WORTHWHILE)
+        again = state.able & (state.left > 0) & (state.status != Outcome.MAX_STEPS)
+        again = again & ((state.changes == 0) | gained & (state.changes < CHANGES))
+        status = jnp.where(state.steps < self.max_steps, jnp.int32(RUNNING), jnp.int32(Outcome.MAX_STEPS))
+        return state._replace(
+            scaled=state.scaled ^ again,
+            metric=jnp.where(again, jnp.zeros_like(state.metric), state.metric),
+            reference=jnp.where(again, jnp.zeros_like(state.reference), state.reference),
+            damping=_tree.where(again, POLICY.init(state.left.dtype), state.damping),
+            entered=jnp.where(again, state.left, state.entered),
+            changes=state.changes + again,
+            status=jnp.where(again, status, state.status),
         )
-        scaled = state.scaled ^ again
-        fresh = state._replace(
-            scaled=scaled,
-            metric=jnp.zeros_like(state.metric),
-            reference=jnp.zeros_like(state.reference),
-            damping=POLICY.init(state.vector.dtype),
-            changes=state.changes + 1,
-            status=jnp.full_like(state.status, RUNNING),
-        )
-        return _tree.where(again, fresh, state)
 
 
 FAR = 1e-4
 """A gradient with a larger cosine to the residuals is no rounding."""
 
 
-def vector_fits(vector: jax.Array, step: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    """Where a step stays within bounds."""
-    return (vector + step >= lower) & (vector + step <= upper)
-
-
 def _or_one(size: jax.Array) -> jax.Array:
     return jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
 
 
+def _norms(rows: jax.Array) -> jax.Array:
+    """The norms of the rows, free of overflow, in units of the largest entry."""
+    unit = _or_one(jnp.max(jnp.abs(rows), initial=0.0))
+    return jnp.sqrt(jnp.sum((rows / unit) ** 2, axis=1))
+
+
 def _square(number: Any, like: Scalar) -> Scalar:
     return jnp.square(jnp.asarray(number, like.dtype))
-
-
-def _first(cases: list[tuple[Flag, Outcome]]) -> Count:
-    return jnp.select([flag for flag, _ in cases], [jnp.int32(code) for _, code in cases], jnp.int32(RUNNING))

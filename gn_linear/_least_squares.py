@@ -13,6 +13,7 @@ from gn_linear._implicit import implicit_root
 from gn_linear._options import Options, frozen_mask, spread
 from gn_linear._residuals import Residuals, loss_of_points, parameter_count
 from gn_linear._solution import Solution
+from gn_linear._triangle_loop import TriangleLoop
 from gn_linear._typing import Number, Params, check_count, check_number, shown
 from gn_linear.losses import squared_error
 from gn_linear.solvers import CG, QR, Cholesky, Solver
@@ -186,11 +187,13 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
     lower, upper = jnp.where(frozen, -jnp.inf, lower), jnp.where(frozen, jnp.inf, upper)
     accuracy = jnp.finfo(dtype).eps ** 0.5 if rtol is None else rtol
     fixed = jax.lax.stop_gradient
-    loop = FitLoop(
+    bounded = options.lower is not None or options.upper is not None
+    kind = TriangleLoop if _has_triangle(request, solver, parameter_count(params)) else FitLoop
+    loop = kind(
         residuals=residuals,
         solver=solver,
-        lower=lower,
-        upper=upper,
+        lower=lower if bounded else None,
+        upper=upper if bounded else None,
         frozen=frozen,
         scaling=options.scaling,
         acceleration=options.acceleration,
@@ -222,6 +225,12 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
         frozen,
         (count, f"{type(solver).__name__}, {why}"),
     )
+
+
+def _has_triangle(request: _Request, chosen: Solver, parameters: int) -> bool:
+    """Whether a point is no more than the triangle of its Jacobian and residuals."""
+    small = request.solver is None and isinstance(chosen, QR) and parameters <= SMALL
+    return small and request.options.loss is None and not request.options.acceleration
 
 
 def _solution(

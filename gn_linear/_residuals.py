@@ -83,6 +83,10 @@ class Residuals:
             return loss((self.vector(vector) / scale)[None])
         return jnp.sum(jax.lax.map(lambda c: loss((self._of_chunk(vector, c) / scale)[None]), self.chunks))
 
+    def size(self, vector: jax.Array) -> Scalar:
+        """The norm of all residuals."""
+        return _tree.norm(self.vector(vector))
+
     def point(self, vector: jax.Array) -> Point:
         """The residuals at a vector of parameters, linearised."""
         if self.dense and self.chunks is not None:
@@ -93,7 +97,7 @@ class Residuals:
 
         lin = linearise(predict, vector, ())
         matrix = _jacobian.jacobian(predict, vector, (), lin) if self.dense else None
-        columns = _norms(matrix) if matrix is not None else jnp.full_like(vector, _typical(lin))
+        columns = norms(matrix) if matrix is not None else jnp.full_like(vector, _typical(lin))
         residuals = lin.outputs
 
         def value(scale: Scalar) -> Scalar:
@@ -101,11 +105,25 @@ class Residuals:
 
         return Point(residuals, value, lin if matrix is None else _by_matrix(residuals, matrix), matrix, columns)
 
+    def triangle(self, vector: jax.Array) -> jax.Array:
+        """R of the QR factorisation of ``[J r]``, or this itself where it is no longer."""
+        if self.chunks is not None:
+            return self._triangle_of_chunks(vector)
+        lin = linearise(lambda v, _: self.vector(v)[None], vector, ())
+        matrix = _jacobian.of_batch(vector, lin)
+        rows = jnp.concatenate([matrix, lin.outputs[0][:, None]], axis=1)
+        return rows if rows.shape[0] <= rows.shape[1] else jnp.linalg.qr(rows, mode="r")
+
     def _of_chunk(self, vector: jax.Array, chunk: Any) -> jax.Array:
         return self._weighted(self.fn(_tree.unflatten(vector, self.like), chunk, *self.args), vector.dtype)
 
     def _compressed(self, vector: jax.Array) -> Point:
-        """The triangle of ``[J r]``, chunk by chunk: the same problem with P + 1 residuals, and no squares."""
+        """The same problem with P + 1 residuals, and no squares."""
+        triangle = self._triangle_of_chunks(vector)
+        residuals, matrix = triangle[None, :, -1], triangle[:, :-1]
+        return Point(residuals, lambda s: self.value(vector, s), _by_matrix(residuals, matrix), matrix, norms(matrix))
+
+    def _triangle_of_chunks(self, vector: jax.Array) -> jax.Array:
         size = len(vector)
 
         def add(triangle: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
@@ -118,9 +136,7 @@ class Residuals:
             return jnp.linalg.qr(jnp.concatenate([triangle, block]), mode="r"), None
 
         empty = jnp.zeros([size + 1, size + 1], vector.dtype)
-        triangle, _ = jax.lax.scan(add, empty, self.chunks)
-        residuals, matrix = triangle[None, :, size], triangle[:, :size]
-        return Point(residuals, lambda s: self.value(vector, s), _by_matrix(residuals, matrix), matrix, _norms(matrix))
+        return jax.lax.scan(add, empty, self.chunks)[0]
 
     def _weighted(self, residuals: Any, dtype: Any) -> jax.Array:
         flat = _tree.flatten(residuals, dtype)
@@ -204,7 +220,7 @@ def _by_matrix(outputs: jax.Array, matrix: jax.Array) -> Linearisation:
     return Linearisation(outputs, push, pull)
 
 
-def _norms(matrix: jax.Array) -> jax.Array:
+def norms(matrix: jax.Array) -> jax.Array:
     """Norms of the columns, free of overflow and underflow of the squares."""
     largest = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))

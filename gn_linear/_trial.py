@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from gn_linear import _tree
-from gn_linear._refusal import Refusal, first_reason
+from gn_linear._refusal import Refusal, first_that_holds
 from gn_linear._typing import Count, Flag, Params, Scalar
-from gn_linear.curvature import LinearisedProblem
+from gn_linear.curvature import LinearisedProblem, Reductions
 from gn_linear.damping import DampingState, Path, Policy
 from gn_linear.solvers import Result, Solver, Status
 
@@ -220,20 +220,40 @@ def judge(
     Returns:
         The verdict.
     """
-    step = _tree.to_solve(emitted)
-    predicted, rest = problem.reductions(rhs, step, image)
-    actual = _tree.total(problem.objective, -trial_objective, -rest)
+    reductions = problem.reductions(rhs, _tree.to_solve(emitted), image)
+    sound = _tree.all_finite(emitted)
+    return verdict(problem.objective, trial_objective, reductions, problem.sensitivity, sound, adaptive)
+
+
+def verdict(
+    before: Scalar, after: Scalar, reductions: Reductions, sensitivity: Scalar, sound: Flag, adaptive: bool
+) -> Trial:
+    """Compare two values of the objective with what the quadratic model promised.
+
+    Args:
+        before: the objective.
+        after: at the end of the step.
+        reductions: by the model.
+        sensitivity: how much the objective changes by relative changes of the outputs.
+        sound: whether the step is finite.
+        adaptive: whether a step that raises the objective is refused.
+
+    Returns:
+        The verdict.
+    """
+    predicted, rest = reductions
+    actual = _tree.total(before, -after, -rest)
     exact = actual == predicted
     ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
     # Some roundings of the terms, and of the outputs in them: a change below these cannot be told from none.
-    terms = (problem.objective, trial_objective, rest, problem.sensitivity)
+    terms = (before, after, rest, sensitivity)
     resolution = 4 * jnp.finfo(actual.dtype).eps * _tree.total(*(jnp.abs(term) for term in terms))
     finite = jnp.isfinite(actual) & jnp.isfinite(predicted)
     noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
     worse = (actual < 0) & adaptive
-    refusal = first_reason(
+    refusal = first_that_holds(
         [
-            (~_tree.all_finite(emitted), Refusal.STEP),
+            (~sound, Refusal.STEP),
             (~finite, Refusal.TRIAL),
             (worse & noise, Refusal.ROUNDING),
             (worse, Refusal.INCREASE),

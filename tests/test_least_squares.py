@@ -315,6 +315,13 @@ def test_many_fits_at_once_and_their_derivatives():
     np.testing.assert_allclose((again[0] - again[1]) / (2 * step), slopes[2], rtol=1e-5)
 
 
+def test_the_loop_on_triangles_takes_the_steps_of_the_one_on_jacobians():
+    start, kinds = jnp.array([-1.2, 1.0]), (None, gnl.solvers.QR(corrections=1))
+    ours, general = (gnl.least_squares(mgh.rosenbrock_1, start, solver=kind, max_steps=8) for kind in kinds)
+    np.testing.assert_allclose(ours.params, general.params, rtol=1e-6)
+    assert (ours.steps, ours.evaluations, ours.status) == (general.steps, general.evaluations, general.status)
+
+
 def test_large_problems_take_other_solvers():
     assert isinstance(choose(256, 17_000)[0], gnl.solvers.Cholesky)
     assert isinstance(choose(10_000, 17_000)[0], gnl.solvers.CG)

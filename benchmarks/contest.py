@@ -1,9 +1,9 @@
 """One protocol for all contests: every method is tuned over as many settings on other seeds, then races on the clock.
 
-Methods take turns of a few steps (`timing.race`). A run ends when it reached its last target, when it is not finite,
-or when its steps or seconds are used up: there is a limit for all, and one of `SLACK` times the seconds in which the
-first of the race got to the end. Targets are looked for after each turn, outside all clocks. Seconds are of the
-processor, of the whole process, unless they are called wall seconds.
+Methods take slices of time in turn (`timing.race`), each behind a warm lap (`benchmarks.host`). A run ends when it
+reached its last target, when it is not finite, or when its steps or seconds are used up: there is a limit for all, and
+one of `SLACK` times the seconds in which the first of the race got to the end. Targets are looked for at each turn,
+outside all clocks. Seconds are of the processor, of the whole process, unless they are called wall seconds.
 """
 
 import dataclasses
@@ -23,15 +23,17 @@ from benchmarks.suites import Results
 from benchmarks.tables import Row
 
 TUNING_SEEDS = (100, 101)
-HOPELESS = 3.0
+HOPELESS = 2.0
 """A run of the tuning ends at so many times the seconds in which another setting of its method got to the end."""
-SLACK, LEAST_SECONDS = 5.0, 1.0
+SLACK, LEAST_SECONDS = 4.0, 0.6
 """Every run has so many times the seconds in which the first of its race got to the end, and at least so many."""
 QUICK_SECONDS = 0.5
+SLICE = 0.25
+"""Wall seconds after which it is the next one's turn."""
 BATCHES = 2000
 """Minibatches of an instance, after which they come again."""
 THINNING = 1.1
-"""Of a curve those turns are kept whose numbers are so many times that of the one kept before."""
+"""Of each slice those turns are kept whose numbers are so many times that of the one kept before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,11 @@ class Contest:
 
 
 class HostedRunner(timing.Runner):
-    """A run at a host, whose clock counts; a step of the race is one turn of the method."""
+    """A run at a host, whose clock counts; a step of the race is one slice of turns."""
 
-    def __init__(self, host: Host | remote.RemoteHost, entry: Entry, setting: Any, instance: Instance) -> None:
+    def __init__(
+        self, host: Host | remote.RemoteHost, entry: Entry, setting: Any, instance: Instance, steps: int
+    ) -> None:
         """Puts the method at its start.
 
         Args:
@@ -74,27 +78,33 @@ class HostedRunner(timing.Runner):
             entry: the method.
             setting: one of its settings.
             instance: parameters and data.
+            steps: most steps.
         """
         super().__init__(entry.name, lambda state, index: (state, None), None)
         self.host, self.entry, self.setting = host, entry, setting
         self.reached: dict[float, Row] = {}
         self.lowest = math.inf
+        self.turns, self.most = 0, math.ceil(steps / entry.steps)
+        self.slice: list[tuple[Row, Any]] = [(self.at(0), instance.params)]
         self.key = (entry.name, setting)
         host.open(self.key, entry, setting, instance)
 
     def advance(self, indices: range) -> None:
-        """Takes turns.
+        """Takes slices.
 
         Args:
-            indices: the numbers of the turns, counted from 0.
+            indices: the numbers of the slices.
         """
-        for index in indices:
-            wall, cpu = self.host.advance(self.key, index)
-            self.seconds += wall
-            self.cpu_seconds += cpu
+        self.slice = []
+        for _ in indices:
+            for taken in self.host.advance(self.key, self.turns, self.most - self.turns, SLICE):
+                self.turns += 1
+                self.seconds += taken.seconds
+                self.cpu_seconds += taken.cpu_seconds
+                self.slice.append((self.at(self.turns), taken.params))
 
     def at(self, turn: int) -> Row:
-        """Says where it is after so many turns."""
+        """Says where it is, after so many turns."""
         taken = {"method": self.name, "step": turn * self.entry.steps}
         return taken | {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
@@ -213,33 +223,35 @@ class Field:
         contest = self.contest
         instance, held = contest.instance(seed), contest.held(seed)
         runners = [
-            HostedRunner(self.hosts[entry.place], entry, setting, instance)
+            HostedRunner(self.hosts[entry.place], entry, setting, instance, contest.steps)
             for entry in self.entries
             for setting in settings[entry.name]
         ]
         curve: list[Row] = []
-        kept = 0
-        with tqdm(desc=f"{contest.name}: {'tuning on' if tuning else ''} seed {seed}", unit="turn", leave=False) as bar:
-            for runner, turn in timing.race(runners, contest.steps, 1, bar.update):
-                value = float(self.measure(runner.host.params(runner.key), held))
-                self._judge(runner, turn, value)
+        with tqdm(
+            desc=f"{contest.name}: {'tuning on' if tuning else ''} seed {seed}", unit="slice", leave=False
+        ) as bar:
+            for runner, _ in timing.race(runners, contest.steps, 1, bar.update):
+                for row, params in runner.slice:
+                    row |= {"seed": seed, "value": float(self.measure(params, held))}
+                    self._judge(runner, row)
+                    if runner.finished:
+                        break
+                curve += thinned([row for row, _ in runner.slice if "value" in row])
                 self._give_up(runner, runners, tuning)
-                if turn == kept or turn >= max(THINNING * kept, kept + 1):
-                    kept = max(kept, turn)
-                    curve.append(runner.at(turn) | {"seed": seed, "value": value})
         rows = [row | {"seed": seed} for runner in runners for row in self._rows(runner)]
         for runner in runners:
             runner.close()
         return rows, curve
 
-    def _judge(self, runner: HostedRunner, turn: int, value: float) -> None:
+    def _judge(self, runner: HostedRunner, row: Row) -> None:
         """Notes which targets a run has reached, and ends it at the last or if it is not finite."""
-        runner.lowest = min(runner.lowest, value)
+        runner.lowest = min(runner.lowest, row["value"])
         for target in self.contest.targets:
-            if value <= target and target not in runner.reached:
-                runner.reached[target] = runner.at(turn)
-        at_end = self.contest.targets[-1] in runner.reached or turn * runner.entry.steps >= self.contest.steps
-        runner.finished = at_end or not math.isfinite(value)
+            if row["value"] <= target and target not in runner.reached:
+                runner.reached[target] = row
+        at_end = self.contest.targets[-1] in runner.reached or row["step"] >= self.contest.steps
+        runner.finished = at_end or not math.isfinite(row["value"])
 
     def _give_up(self, runner: HostedRunner, runners: Sequence[HostedRunner], tuning: bool) -> None:
         """Ends a run that has used up its seconds, or lags too far behind the first of all or of its method."""
@@ -268,6 +280,22 @@ class Field:
                 "spent": runner.cpu_seconds,
                 "compile_seconds": self.compile_seconds[runner.key],
             }
+
+
+def thinned(rows: Sequence[Row]) -> list[Row]:
+    """Keeps the first of the rows, and of the later ones those whose steps are `THINNING` times those of the last kept.
+
+    Args:
+        rows: rows of a run, in order.
+
+    Returns:
+        What is kept, at most.
+    """
+    kept: list[Row] = []
+    for row in rows:
+        if not kept or row["step"] >= THINNING * kept[-1]["step"]:
+            kept.append(row)
+    return kept
 
 
 def choose(rows: Sequence[Row], entry: Entry, targets: Sequence[float]) -> Any:

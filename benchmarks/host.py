@@ -12,6 +12,9 @@ from benchmarks import record
 from benchmarks.problems import PROBLEMS, Problem
 
 GRADIENTS = 30  # timed for the price of one
+WARM_LAP = 0.1
+"""Wall seconds off the clock before a slice: the first steps behind another program's heavy work are up to ten times
+slower, whatever they compute."""
 
 
 class Method(NamedTuple):
@@ -65,6 +68,20 @@ class Instance(NamedTuple):
     order: np.ndarray | None = None
 
 
+class Taken(NamedTuple):
+    """A turn that was taken.
+
+    Attributes:
+        seconds: wall seconds.
+        cpu_seconds: processor seconds of the whole process.
+        params: parameters behind it, as numpy arrays.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    params: Any
+
+
 class Host:
     """The runs of one process on one problem."""
 
@@ -97,28 +114,28 @@ class Host:
         carry = jax.block_until_ready(init(value, moved.params, first))
         self.runs[key] = _Run(carry, turn, params, value, moved, entry)
 
-    def advance(self, key: Any, turn: int) -> tuple[float, float]:
-        """Takes the steps of one turn and waits for their result.
+    def advance(self, key: Any, turn: int, most: int, seconds: float) -> list[Taken]:
+        """Takes turns one after the other, each on the clock, behind a warm lap on a copy that is thrown away.
 
         Args:
             key: the run.
-            turn: number of the turn, counted from 0.
+            turn: number of the first turn, counted from 0.
+            most: most turns.
+            seconds: the slice ends with the turn that brings its wall seconds to so many.
 
         Returns:
-            Wall seconds, and processor seconds of the whole process.
+            The turns.
         """
         run = self.runs[key]
-        batches = run.batches(turn)
-        wall, cpu = time.perf_counter(), time.process_time()
-        carry = jax.block_until_ready(run.turn(run.setting, run.carry, *batches))
-        seconds = time.perf_counter() - wall, time.process_time() - cpu
-        self.runs[key] = run._replace(carry=carry)
-        return seconds
-
-    def params(self, key: Any) -> Any:
-        """Returns the parameters of a run as numpy arrays."""
-        run = self.runs[key]
-        return jax.tree.map(np.asarray, run.params(run.carry))
+        copy, start = run.copy(), time.perf_counter()
+        while time.perf_counter() - start < WARM_LAP:
+            copy = copy.after(turn)[0]
+        taken: list[Taken] = []
+        while len(taken) < most and sum(one.seconds for one in taken) < seconds:
+            run, wall, cpu = run.after(turn + len(taken))
+            taken.append(Taken(wall, cpu, jax.tree.map(np.asarray, run.params(run.carry))))
+        self.runs[key] = run
+        return taken
 
     def close(self, key: Any) -> None:
         """Forgets a run."""
@@ -137,11 +154,11 @@ class Host:
         """
         start = time.perf_counter()
         self.open("warm-up", entry, setting, instance)
+        run = self.runs.pop("warm-up")
         for turn in range(entry.warm_up - 1):
-            self.advance("warm-up", turn)
+            run, *_ = run.after(turn)
         compiling = time.perf_counter() - start
-        steady = self.advance("warm-up", entry.warm_up - 1)[0]
-        self.close("warm-up")
+        _, steady, _ = run.after(entry.warm_up - 1)
         return max(0.0, compiling - (entry.warm_up - 1) * steady)
 
     def gradient(self, instance: Instance) -> tuple[float, float]:
@@ -209,6 +226,19 @@ class _Run(NamedTuple):
     setting: Any
     instance: Instance
     entry: Entry
+
+    def copy(self) -> "_Run":
+        """The same with arrays of its own, since some methods overwrite what they are given."""
+        return self._replace(
+            carry=jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, self.carry)
+        )
+
+    def after(self, turn: int) -> tuple["_Run", float, float]:
+        """The run behind a turn, and its wall and processor seconds."""
+        batches = self.batches(turn)
+        wall, cpu = time.perf_counter(), time.process_time()
+        carry = jax.block_until_ready(self.turn(self.setting, self.carry, *batches))
+        return self._replace(carry=carry), time.perf_counter() - wall, time.process_time() - cpu
 
     def batches(self, turn: int) -> tuple[Any, ...]:
         """What the turn takes besides the state; a method that compiles itself gets its minibatches ready made."""

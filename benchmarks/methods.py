@@ -16,15 +16,12 @@ PREFIX = "gn_linear"
 LOSSES = {"squares": gnl.losses.squared_error, "classes": gnl.losses.softmax_cross_entropy}
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
 """Settings of ours: the first damping, in multiples of the curvature scale."""
-FULL_FLOOR, MINI_FLOOR = 1e-8, 0.1
-"""The least damping with Kronecker factors, in multiples of the first: on minibatches no step should fit its batch."""
 
 
 def ours(
     words: str,
     solver: gnl.solvers.Solver | None = None,
     settings: tuple[Any, ...] = DAMPINGS,
-    floor: float | None = None,
 ) -> Entry:
     """Makes an entry of `gauss_newton` that is tuned over its first damping.
 
@@ -32,7 +29,6 @@ def ours(
         words: its name behind the package's.
         solver: the solver, or None for the default.
         settings: first dampings.
-        floor: the least damping in multiples of the first; None keeps the default.
 
     Returns:
         The entry.
@@ -41,8 +37,6 @@ def ours(
 
     def make(problem: Problem, initial: Any) -> Method:
         damping = gnl.damping.LevenbergMarquardt(initial=initial)
-        if floor is not None:
-            damping = gnl.damping.LevenbergMarquardt(initial=initial, minimum=floor * initial)
         return transformed(problem, gnl.gauss_newton(problem.predict, LOSSES[problem.kind], damping=damping, **options))
 
     return Entry(f"{PREFIX}, {words}", make, settings)
@@ -189,12 +183,11 @@ def momentum(rate: Any) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=0.9, nesterov=True)
 
 
-def kronecker(inner_steps: int, floor: float) -> Entry:
+def kronecker(inner_steps: int) -> Entry:
     """Makes an entry of conjugate gradients with Kronecker factors and momentum.
 
     Args:
         inner_steps: of each step.
-        floor: the least damping in multiples of the first.
 
     Returns:
         The entry.
@@ -202,13 +195,12 @@ def kronecker(inner_steps: int, floor: float) -> Entry:
     solver = gnl.solvers.CG(
         max_steps=inner_steps, rtol=0.0, preconditioner=gnl.preconditioners.Kronecker(), momentum=True
     )
-    return ours(f"Kronecker, CG({inner_steps})", solver, floor=floor)
+    return ours(f"Kronecker, CG({inner_steps})", solver)
 
 
-DEFAULTS = ours("defaults")
-KRONECKER = (kronecker(1, FULL_FLOOR), kronecker(3, FULL_FLOOR))
-KRONECKER_LONG = (kronecker(3, FULL_FLOOR), kronecker(8, FULL_FLOOR))
-KRONECKER_MINI = (kronecker(1, MINI_FLOOR), kronecker(3, MINI_FLOOR))
+DEFAULTS = ours("default solver")
+KRONECKER = (kronecker(1), kronecker(3))
+KRONECKER_LONG = (kronecker(3), kronecker(8))
 CHOLESKY = ours("Cholesky", gnl.solvers.Cholesky())
 ADAM = first_order("optax adam", optax.adam, (1e-3, 3e-3, 1e-2, 3e-2))
 SGD = first_order("optax sgd, momentum", momentum, (3e-3, 1e-2, 3e-2, 1e-1))

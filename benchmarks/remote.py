@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.host import Entry, Instance
+from benchmarks.host import Entry, Instance, Taken
 
 REPOSITORY = Path(__file__).parents[1]
 KFAC_FOLDER = REPOSITORY / ".venv-kfac"
@@ -50,13 +50,9 @@ class RemoteHost:
         """See `Host.open`."""
         self._ask("open", key, entry, setting, _arrays(instance))
 
-    def advance(self, key: Any, turn: int) -> tuple[float, float]:
+    def advance(self, key: Any, turn: int, most: int, seconds: float) -> list[Taken]:
         """See `Host.advance`."""
-        return self._ask("advance", key, turn)
-
-    def params(self, key: Any) -> Any:
-        """See `Host.params`."""
-        return self._ask("params", key)
+        return self._ask("advance", key, turn, most, seconds)
 
     def close(self, key: Any) -> None:
         """See `Host.close`."""

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
+from gn_linear._box import Box
 from gn_linear._outcome import Outcome
 from gn_linear._refusal import Refusal, first_that_holds
-from gn_linear._residuals import Residuals, in_units, loss_of_points, scaled_problem, unit_of
+from gn_linear._residuals import Residuals, in_units, loss_of_points, norms, scaled_problem, second_derivative, unit_of
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Scalar
 from gn_linear.damping import DampingState, LevenbergMarquardt
@@ -78,6 +79,7 @@ class Look(NamedTuple):
     scale: Scalar
     objective: Scalar
     problem: Any  # a LinearisedProblem, where a kind of loop poses one
+    scaled: Flag
     metric: jax.Array
     stretch: jax.Array  # of the step, to that of the parameters
     columns: jax.Array
@@ -95,8 +97,7 @@ class FitLoop:
     Attributes:
         residuals: of the fit.
         solver: the inner solver.
-        lower: bounds, shape (P,); None if there are none above either.
-        upper: likewise.
+        box: the bounds.
         frozen: which parameters stay, shape (P,).
         scaling: as in ``Options``.
         acceleration: likewise.
@@ -107,8 +108,7 @@ class FitLoop:
 
     residuals: Residuals
     solver: Solver
-    lower: jax.Array | None
-    upper: jax.Array | None
+    box: Box
     frozen: Any
     scaling: bool | None
     acceleration: bool
@@ -128,11 +128,12 @@ class FitLoop:
 
         def round_of(state: FitState) -> FitState:
             after = self._step(state)
-            if self.scaling is not None or not self.residuals.dense:
-                return after
-            # In a branch, since the choice would cost a third of a small step; nothing large goes through it.
+            # In a branch, since it would cost a third of a small step; nothing large goes through it.
             small = after._replace(vector=(), kept=(), solver=())
-            small = jax.lax.cond(after.status == RUNNING, lambda kept: kept, self._in_other_metric, small)
+            going = (after.status == RUNNING) & (after.steps < self.max_steps)
+            small = jax.lax.cond(
+                going, lambda kept: kept, lambda kept: self._at_an_end(kept, state.vector, after.vector), small
+            )
             return small._replace(vector=after.vector, kept=after.kept, solver=after.solver)
 
         return jax.lax.while_loop(lambda state: state.status == RUNNING, round_of, self._first(start))
@@ -163,7 +164,7 @@ class FitLoop:
         search = Search(
             problem=look.problem,
             rhs=rhs,
-            objective=lambda z: self.residuals.value(self._moved(state.vector, look.stretch * z), look.scale),
+            objective=lambda z: self.residuals.value(self.box.moved(state.vector, look.stretch * z), look.scale),
             solver=self.solver,
             prepared=self.solver.prepare(look.problem, rhs, state.solver),
             policy=POLICY,
@@ -186,20 +187,19 @@ class FitLoop:
         here = self._arrived(look)
         going = here == RUNNING
         taken = last.trial.accepted & going
-        moved = self._moved(state.vector, look.stretch * last.emitted)
+        moved = self.box.moved(state.vector, look.stretch * last.emitted)
         ended = jnp.where(searched, self._converged(state, look, last, learnt, moved), jnp.int32(RUNNING))
         gained = jnp.where(taken, last.trial.actual, jnp.zeros_like(last.trial.actual))
         left = look.scale * jnp.sqrt(2 * jnp.maximum(look.objective - gained, 0))
-        steps = state.steps + (going & searched)
-        ended = jnp.where((ended == RUNNING) & (steps >= self.max_steps), jnp.int32(Outcome.MAX_STEPS), ended)
         return state._replace(
             vector=jnp.where(taken, moved, state.vector),
+            scaled=look.scaled,
             metric=look.metric,
             reference=look.reference,
             damping=learnt,
             left=left,
             able=going & look.uneven,
-            steps=steps,
+            steps=state.steps + (going & searched),
             evaluations=state.evaluations + jnp.where(going, last.evaluations, 0),
             status=jnp.where(going, ended, here),
         )
@@ -219,62 +219,53 @@ class FitLoop:
         self, state: FitState, scale: Scalar, columns: jax.Array, gradient: jax.Array, slope: Scalar | float
     ) -> tuple[Look, jax.Array]:
         """What the columns of the Jacobian and the gradient tell, and the inverse of the metric."""
-        free = ~jnp.asarray(self.frozen) & ~self._blocked(state.vector, gradient)
+        free = ~jnp.asarray(self.frozen) & ~self.box.holds(state.vector, gradient)
         running = jnp.maximum(state.metric, columns)
         finite = jnp.isfinite(scale) & jnp.isfinite(jnp.max(columns, initial=0.0))
         columns = jnp.where(free, columns, jnp.zeros_like(columns))
         largest = _or_one(jnp.max(columns, initial=0.0))
-        metric = jnp.where(state.scaled & (running > 0), running, largest)
+        smallest = jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf)
+        # Next to the largest column's square, that of one below the root of rounding would be lost.
+        lost = (state.steps == 0) & (smallest < jnp.finfo(largest.dtype).eps ** 0.5 * largest)
+        scaled = state.scaled | lost if self.scaling is None else state.scaled
+        metric = jnp.where(scaled & (running > 0), running, largest)
         inverse = jnp.where(free, 1 / metric, jnp.zeros_like(metric))
         cosines = jnp.abs(gradient) / _or_one(columns) / slope
         # The damping of an unscaled metric is a multiple of the largest column's square, which has changed.
-        drift = jnp.where((state.reference > 0) & ~state.scaled, state.reference / largest, jnp.ones_like(largest))
+        drift = jnp.where((state.reference > 0) & ~scaled, state.reference / largest, jnp.ones_like(largest))
         multiple = jnp.clip(state.damping.multiple * drift * drift, POLICY.minimum, POLICY.maximum)
         look = Look(
             scale=scale,
             objective=jnp.full_like(scale, 0.5),
             problem=None,
-            metric=jnp.where(state.scaled, running, state.metric),
+            scaled=scaled,
+            metric=jnp.where(scaled, running, state.metric),
             stretch=scale * inverse,
             columns=columns,
             cosine=jnp.max(jnp.where(columns > 0, cosines, jnp.zeros_like(cosines)), initial=0.0),
             damping=state.damping._replace(multiple=multiple),
             reference=largest,
-            uneven=jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf) < EVEN * largest,
             finite=finite,
+            uneven=smallest < EVEN * largest,
         )
         return look, inverse
-
-    def _blocked(self, vector: jax.Array, gradient: jax.Array) -> jax.Array:
-        """Which parameters are at a bound that the gradient pushes them against."""
-        if self.lower is None or self.upper is None:
-            return jnp.zeros_like(vector, bool)
-        return (vector <= self.lower) & (gradient > 0) | (vector >= self.upper) & (gradient < 0)
-
-    def _moved(self, vector: jax.Array, step: jax.Array) -> jax.Array:
-        return vector + step if self.lower is None else jnp.clip(vector + step, self.lower, self.upper)
 
     def _adjusted(self, state: FitState, look: Look, step: jax.Array, damping: Scalar) -> jax.Array:
         if self.acceleration:
             step = self._bent(state, look, step, damping)
-        if self.lower is None or self.upper is None:
-            return step
-        inside = self._moved(state.vector, look.stretch * step) - state.vector
-        end = state.vector + look.stretch * step
-        within = (end >= self.lower) & (end <= self.upper)
-        shortened = inside / jnp.where(look.stretch > 0, look.stretch, jnp.ones_like(look.stretch))
-        return jnp.where(within, step, jnp.where(look.stretch > 0, shortened, jnp.zeros_like(step)))
+        return self.box.shortened(state.vector, step, look.stretch)
 
     def _bent(self, state: FitState, look: Look, step: jax.Array, damping: Scalar) -> jax.Array:
         """The step and half its acceleration, if that is the smaller part of it."""
-        velocity = look.stretch * step
-
-        def slope(v: jax.Array) -> jax.Array:
-            return jax.jvp(self.residuals.vector, (v,), (velocity,))[1]
-
-        second = jax.jvp(slope, (state.vector,), (velocity,))[1][None] / look.scale
-        curved = dataclasses.replace(look.problem, output_gradient=look.problem.hessian.product(second))
-        rhs = curved.linearisation.vjp(curved.output_gradient)
+        problem, velocity = look.problem, look.stretch * step
+        if self.residuals.compressed:
+            outward = jnp.zeros_like(problem.output_gradient)
+            rhs = look.stretch / look.scale * self.residuals.bend(state.vector, velocity, look.scale)
+        else:
+            second = second_derivative(self.residuals.vector, state.vector, velocity)[None] / look.scale
+            outward = problem.hessian.product(second)
+            rhs = problem.linearisation.vjp(outward)
+        curved = dataclasses.replace(problem, output_gradient=outward)
         found = self.solver.solve(self.solver.prepare(curved, rhs, state.solver), damping)
         small = 2 * _tree.norm(found.step) <= BENT * _tree.norm(step)
         return jnp.where(small & _tree.all_finite(found.step), step + 0.5 * found.step, step)
@@ -297,14 +288,18 @@ class FitLoop:
         level = (jnp.abs(trial.actual) <= bound) & (trial.predicted <= bound) & (trial.gain_ratio <= 2)
         level = (level & trial.accepted) | ~trial.informative
         columns = jnp.where(look.columns > 0, look.columns, jnp.zeros_like(look.columns))
-        length, extent = _norms(jnp.stack([columns * (moved - state.vector), columns * state.vector]))
+        length, extent = norms(jnp.stack([columns * (moved - state.vector), columns * state.vector], axis=1))
         short = length <= jnp.asarray(self.rtol, length.dtype) * extent
+        # A step that a bound has just cut short says nothing of the parameters that are left.
+        whole = ~self.box.stops(state.vector, moved) | (trial.refusal == Refusal.ROUNDING)
+        level, short = level & whole, short & whole
         held = last.damping > 1
+        far = jnp.finfo(objective.dtype).eps ** 0.25  # a gradient with a larger cosine is no rounding
         # Residuals far below those of the start are as small as rounding lets them be, wherever they point.
-        large = look.scale * jnp.sqrt(objective) > FAR * state.first
+        large = look.scale * jnp.sqrt(objective) > far * state.first
         idle = short | ~trial.informative | (learnt.multiple >= POLICY.maximum)
-        useless = ~trial.accepted | (trial.actual <= 0)
-        stuck = useless & (look.cosine > FAR) & large & held & idle
+        useless = ~trial.accepted | ~trial.informative
+        stuck = useless & (look.cosine > far) & large & held & idle & whole
         return first_that_holds(
             [
                 (stuck, Outcome.STALLED),
@@ -315,35 +310,36 @@ class FitLoop:
             RUNNING,
         )
 
+    def _at_an_end(self, state: FitState, before: jax.Array, vector: jax.Array) -> FitState:
+        """What becomes of a fit that would end after a step, or has reached the cap on steps."""
+        if self.scaling is None and self.residuals.dense:
+            state = self._in_other_metric(state)
+        capped = (state.status == RUNNING) & (state.steps >= self.max_steps)
+        # Nothing is left, and still the parameters grow: nowhere else can this be told from a fit that began far away.
+        vanished = state.left <= jnp.finfo(state.left.dtype).eps * state.first
+        endless = vanished & (_tree.norm(vector) > _tree.norm(before))
+        reached = jnp.where(endless, jnp.int32(Outcome.UNBOUNDED), jnp.int32(Outcome.MAX_STEPS))
+        return state._replace(status=jnp.where(capped, reached, state.status))
+
     def _in_other_metric(self, state: FitState) -> FitState:
         """Goes on in the other metric where a fit would end, unless neither finds anything any more."""
         gained = state.left < state.entered * (1 - WORTHWHILE)
-        again = state.able & (state.left > 0) & (state.status != Outcome.MAX_STEPS)
+        again = (state.status != RUNNING) & state.able & (state.left > 0)
         again = again & ((state.changes == 0) | gained & (state.changes < CHANGES))
-        status = jnp.where(state.steps < self.max_steps, jnp.int32(RUNNING), jnp.int32(Outcome.MAX_STEPS))
-        return state._replace(
-            scaled=state.scaled ^ again,
-            metric=jnp.where(again, jnp.zeros_like(state.metric), state.metric),
-            reference=jnp.where(again, jnp.zeros_like(state.reference), state.reference),
-            damping=_tree.where(again, POLICY.init(state.left.dtype), state.damping),
-            entered=jnp.where(again, state.left, state.entered),
-            changes=state.changes + again,
-            status=jnp.where(again, status, state.status),
+        fresh = state._replace(
+            scaled=~state.scaled,
+            metric=jnp.zeros_like(state.metric),
+            reference=jnp.zeros_like(state.reference),
+            damping=POLICY.init(state.left.dtype),
+            entered=state.left,
+            changes=state.changes + 1,
+            status=jnp.full_like(state.status, RUNNING),
         )
-
-
-FAR = 1e-4
-"""A gradient with a larger cosine to the residuals is no rounding."""
+        return _tree.where(again, fresh, state)
 
 
 def _or_one(size: jax.Array) -> jax.Array:
     return jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
-
-
-def _norms(rows: jax.Array) -> jax.Array:
-    """The norms of the rows, free of overflow, in units of the largest entry."""
-    unit = _or_one(jnp.max(jnp.abs(rows), initial=0.0))
-    return jnp.sqrt(jnp.sum((rows / unit) ** 2, axis=1))
 
 
 def _square(number: Any, like: Scalar) -> Scalar:

@@ -38,7 +38,7 @@ from gn_linear.curvature import (
     penalty,
 )
 from gn_linear.losses import Loss, from_convex
-from gn_linear.solvers import CG, Solver, Status
+from gn_linear.solvers import Choice, Solver, Status, choose
 
 
 class GaussNewtonInfo(NamedTuple):
@@ -53,6 +53,7 @@ class GaussNewtonInfo(NamedTuple):
         damping: the absolute damping of this step.
         solver_steps: inner steps taken.
         solver_status: a ``gn_linear.solvers.Status``.
+        solver_choice: a ``gn_linear.solvers.Choice``.
         step_norm: 2-norm of the step that was tried last, learning rate and halvings included.
         accepted: whether it was taken.
         skipped: steps refused so far.
@@ -67,6 +68,7 @@ class GaussNewtonInfo(NamedTuple):
     damping: Scalar
     solver_steps: Count
     solver_status: Count
+    solver_choice: Count
     step_norm: Scalar
     accepted: Flag
     skipped: Count
@@ -76,13 +78,14 @@ class GaussNewtonInfo(NamedTuple):
     @property
     def message(self) -> str:
         """What the last step did in words, with how many were refused and why; not for use inside ``jit``."""
+        solver = Choice(int(self.solver_choice)).words
         if bool(self.accepted):
-            return f"the last step was taken (refused so far: {int(self.skipped)})"
+            return f"the last step was taken (refused so far: {int(self.skipped)}); {solver}"
         reason = Refusal(int(self.refusal))
         status = f" (solver status {Status(int(self.solver_status)).name})" if reason == Refusal.SOLVER else ""
         return (
             f"refused in a row: {int(self.refused_in_a_row)}, so far: {int(self.skipped)}, damping: "
-            f"{float(self.damping):.1e}; the last step was refused because {ADVICE[reason]}{status}"
+            f"{float(self.damping):.1e}; the last step was refused because {ADVICE[reason]}{status}; {solver}"
         )
 
 
@@ -93,6 +96,7 @@ class GaussNewtonState(NamedTuple):
         count: updates so far, shape ().
         damping: the damping policy's state.
         scale: the curvature scale, 0 before the first finite one, shape ().
+        reached: the objective at the end of the last step taken, on its own batch, shape ().
         solver: the solver's state.
         model: a checksum of the parameters' shapes, so that another model's state is refused, shape ().
         info: what the last update did.
@@ -101,6 +105,7 @@ class GaussNewtonState(NamedTuple):
     count: Count
     damping: damping_policies.DampingState
     scale: Scalar
+    reached: Scalar
     solver: Any
     model: jax.Array
     info: GaussNewtonInfo
@@ -110,7 +115,7 @@ def gauss_newton(
     predict: Predict,
     loss: Loss | Callable[..., Any],
     *,
-    solver: Solver = CG(),
+    solver: Solver | None = None,
     damping: damping_policies.Policy | Number = damping_policies.LevenbergMarquardt(),
     learning_rate: Number | Callable[[Any], Any] = 1.0,
     l2: Any = 0.0,
@@ -138,7 +143,8 @@ def gauss_newton(
         predict: the model, ``predict(params, inputs) -> outputs``; the outputs' leading axis is the example.
         loss: a loss of ``gn_linear.losses``, or any convex ``loss(outputs, targets)`` that returns a scalar or one
             value per example.
-        solver: the inner solver.
+        solver: the inner solver; None takes what ``solvers.choose`` finds for the parameters: for networks of dense
+            layers and convolutions two conjugate gradients with Kronecker factors and momentum, else ``CG()``.
         damping: a policy of ``gn_linear.damping``, or a number, which is a constant absolute damping.
         learning_rate: factor :math:`\eta` of the step, a number or an optax schedule.
         l2: coefficient :math:`\lambda` of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a number or a pytree like
@@ -178,9 +184,13 @@ def gauss_newton(
     policy = damping_policies.as_policy(damping)
     if not callable(predict):
         raise TypeError(f"predict must be a function predict(params, inputs), but is {shown(predict)}.")
-    if not isinstance(solver, Solver):
+    if solver is not None and not isinstance(solver, Solver):
         raise TypeError(f"solver must be one of gn_linear.solvers, such as CG(), but is {shown(solver)}.")
-    if not solver.adaptable and not (isinstance(policy, damping_policies.Constant) and _is_zero(policy.value)):
+    if (
+        solver is not None
+        and not solver.adaptable
+        and not (isinstance(policy, damping_policies.Constant) and _is_zero(policy.value))
+    ):
         raise TypeError(
             f"solver has a filter without damping, {shown(solver)}, so damping must be 0.0, but is {shown(damping)}."
         )
@@ -197,13 +207,17 @@ class _GaussNewton:
 
     predict: Predict
     loss: Loss
-    solver: Solver
+    solver: Solver | None
     policy: damping_policies.Policy
     learning_rate: Any
     l2: Any
 
+    def chosen(self, params: Params) -> tuple[Solver, Choice]:
+        return (self.solver, Choice.GIVEN) if self.solver is not None else choose(params)
+
     def init(self, params: Params) -> GaussNewtonState:
         _tree.check_float_leaves(params, "params")
+        solver, choice = self.chosen(params)
         dtype = _tree.scalar_dtype(params)
         unknown, none = jnp.full([], jnp.nan, dtype), jnp.zeros([], jnp.int32)
         info = GaussNewtonInfo(
@@ -214,14 +228,24 @@ class _GaussNewton:
             damping=unknown,
             solver_steps=none,
             solver_status=none,
+            solver_choice=jnp.full([], choice, jnp.int32),
             step_norm=unknown,
             accepted=jnp.ones([], bool),
             skipped=none,
             refused_in_a_row=none,
             refusal=none,
         )
-        policy, scale, model = self.policy.init(dtype), jnp.zeros([], dtype), _tree.checksum(params)
-        return _tree.copied(GaussNewtonState(none, policy, scale, self.solver.init(params), model, info))
+        zero = jnp.zeros([], dtype)
+        state = GaussNewtonState(
+            count=none,
+            damping=self.policy.init(dtype),
+            scale=zero,
+            reached=zero,
+            solver=solver.init(params),
+            model=_tree.checksum(params),
+            info=info,
+        )
+        return _tree.copied(state)
 
     def update(
         self,
@@ -242,8 +266,9 @@ class _GaussNewton:
         check_state("gauss_newton", state, GaussNewtonState, self.init, params)
         same_model = check_model("gauss_newton", state.model, params)
         model = whole_model(self.predict, params, full_params)
-        if self.solver.batches is not None:
-            check_stacked(self.solver, self.solver.batches, curvature_inputs, inputs=inputs, targets=targets)
+        solver, _ = self.chosen(params)
+        if solver.batches is not None:
+            check_stacked(solver, solver.batches, curvature_inputs, inputs=inputs, targets=targets)
             model, targets = over_batches(model), merge_batches(targets)
         coefficient = fit_l2(self.l2, params)
         problem = linearised_problem(model, self.loss, params, inputs, targets=targets, l2=coefficient)
@@ -273,8 +298,8 @@ class _GaussNewton:
             problem=problem,
             rhs=rhs,
             objective=objective,
-            solver=self.solver,
-            prepared=self.solver.prepare(curved, rhs, state.solver),
+            solver=solver,
+            prepared=solver.prepare(curved, rhs, state.solver),
             policy=self.policy,
             unit=damping_unit(curved, rhs, scale),
             count=state.count,
@@ -282,20 +307,26 @@ class _GaussNewton:
             hopeless=hopeless,
             same_batch=curved is problem,
         )
-        last, learnt = search.run(state.damping)
+        surprise, before = problem.objective.astype(scale.dtype) - state.reached, state.info
+        damping = self.policy.reviewed(state.damping, before.gain_ratio, surprise, before.predicted_reduction)
+        last, learnt = search.run(damping)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(last.trial.accepted, u, jnp.full_like(u, -0.0)), last.emitted)
-        kept_by_solver = last.trial.accepted if self.solver.part_of_run else _tree.all_finite(last.result.step)
-        new_state = GaussNewtonState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            damping=learnt,
-            # A scale under which every step is rounding came from another regime, and is estimated anew.
-            scale=jnp.where(last.trial.informative | ~jnp.asarray(self.policy.adaptive), scale, jnp.zeros_like(scale)),
-            solver=_tree.where(kept_by_solver, last.result.state, state.solver),
-            model=state.model,
-            info=_report(problem, last, state.info),
-        )
-        return kept, new_state
+        return kept, _next_state(state, search, last, scale)._replace(damping=learnt)
+
+
+def _next_state(state: GaussNewtonState, search: Search, last: Attempt, scale: Scalar) -> GaussNewtonState:
+    """The state after a step, but for what the policy learnt."""
+    trial = last.trial
+    kept_by_solver = trial.accepted if search.solver.part_of_run else _tree.all_finite(last.result.step)
+    return state._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        # A scale under which every step is rounding came from another regime, and is estimated anew.
+        scale=jnp.where(trial.informative | ~jnp.asarray(search.policy.adaptive), scale, jnp.zeros_like(scale)),
+        reached=jnp.where(trial.accepted, trial.reached.astype(scale.dtype), state.reached),
+        solver=_tree.where(kept_by_solver, last.result.state, state.solver),
+        info=_report(search.problem, last, state.info),
+    )
 
 
 def _is_zero(value: Number) -> bool:
@@ -313,7 +344,7 @@ def _check_curvature_batch(targets: Any, curvature_inputs: Any, curvature_target
 def _report(problem: LinearisedProblem, last: Attempt, before: GaussNewtonInfo) -> GaussNewtonInfo:
     dtype, trial = before.loss.dtype, last.trial
     refused = (~trial.accepted).astype(before.skipped.dtype)
-    return GaussNewtonInfo(
+    return before._replace(
         loss=problem.objective.astype(dtype),
         predicted_reduction=trial.predicted.astype(dtype),
         actual_reduction=trial.actual.astype(dtype),

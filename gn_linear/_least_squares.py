@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gn_linear import _tree
+from gn_linear._box import Box
 from gn_linear._fit_loop import FitLoop
 from gn_linear._implicit import implicit_root
 from gn_linear._options import Options, frozen_mask, spread
 from gn_linear._residuals import Residuals, loss_of_points, parameter_count
 from gn_linear._solution import Solution
-from gn_linear._triangle_loop import TriangleLoop
+from gn_linear._triangle_loop import PARAMETERS, TriangleLoop
 from gn_linear._typing import Number, Params, check_count, check_number, shown
 from gn_linear.losses import squared_error
 from gn_linear.solvers import CG, QR, Cholesky, Solver
 
-SMALL, MEDIUM, IN_MEMORY = 100, 4000, 2**26
-"""The smaller side of the Jacobian up to which QR and Cholesky are chosen, and the entries that are kept."""
+SMALL, MEDIUM, IN_MEMORY = 1000, 4000, 2**26
+"""The smaller side of the Jacobian up to which QR is chosen, and a dense solver at all; the entries that are kept."""
 
 
 def least_squares(
@@ -55,8 +56,9 @@ def least_squares(
         residuals: ``residuals(params, *args)``, a float array or a pytree of them.
         params: where to start, a pytree of floats.
         args: passed on to ``residuals``.
-        solver: one of :mod:`gn_linear.solvers`; None chooses ``QR`` for up to 100 parameters or residuals, ``Cholesky``
-            for up to 4,000 on the smaller side, and ``CG`` beyond or where the Jacobian would not fit into memory.
+        solver: one of :mod:`gn_linear.solvers`; None chooses ``QR`` for up to 1,000 parameters or residuals, in single
+            precision 4,000, ``Cholesky`` for up to 4,000 in double precision, and ``CG`` beyond or where the Jacobian
+            would not fit into memory.
         options: bounds, robust losses, weights, frozen parameters, scaling and more.
         max_steps: the cap on steps.
         rtol: the relative accuracy of the parameters; None means the root of the rounding of their dtype, 1.5e-8 in
@@ -178,7 +180,7 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
     shapes = jax.eval_shape(residuals.tree, _tree.flatten(params, dtype))
     _tree.check_float_leaves(shapes, "the residuals")
     count = parameter_count(shapes)
-    solver, why = (solver, "as asked for") if solver is not None else choose(count, parameter_count(params))
+    solver, why = (solver, "as asked for") if solver is not None else choose(count, parameter_count(params), dtype)
     dense = not isinstance(solver, CG)
     residuals = Residuals(fn, params, args, loss, options.weights, options.chunks, dense)
     lower, upper = (_tree.flatten(bound, dtype) for bound in bounds)
@@ -187,13 +189,12 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
     lower, upper = jnp.where(frozen, -jnp.inf, lower), jnp.where(frozen, jnp.inf, upper)
     accuracy = jnp.finfo(dtype).eps ** 0.5 if rtol is None else rtol
     fixed = jax.lax.stop_gradient
-    bounded = options.lower is not None or options.upper is not None
+    box = Box(None if options.lower is None and options.upper is None else (lower, upper))
     kind = TriangleLoop if _has_triangle(request, solver, parameter_count(params)) else FitLoop
     loop = kind(
         residuals=residuals,
         solver=solver,
-        lower=lower if bounded else None,
-        upper=upper if bounded else None,
+        box=box,
         frozen=frozen,
         scaling=options.scaling,
         acceleration=options.acceleration,
@@ -211,9 +212,9 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
         return jax.grad(lambda v: residuals.value(v, jnp.ones([], dtype)))(vector)
 
     def stationary(vector: jax.Array) -> jax.Array:
-        slope, here = gradient(vector), fixed(vector)
-        low, high = (here <= lower) & (fixed(slope) > 0), (here >= upper) & (fixed(slope) < 0)
-        held = jnp.where(low, vector - lower, jnp.where(high, vector - upper, slope))
+        slope = gradient(vector)
+        bound = jnp.where(slope > 0, lower, upper)
+        held = jnp.where(box.holds(fixed(vector), fixed(slope)), vector - bound, slope)
         return jnp.where(frozen, vector - start, held)
 
     vector, counts = implicit_root(stationary, start, solve)
@@ -221,7 +222,7 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
         residuals,
         vector,
         fixed(counts).astype(jnp.int32),
-        (lower, upper),
+        box,
         frozen,
         (count, f"{type(solver).__name__}, {why}"),
     )
@@ -229,7 +230,7 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
 
 def _has_triangle(request: _Request, chosen: Solver, parameters: int) -> bool:
     """Whether a point is no more than the triangle of its Jacobian and residuals."""
-    small = request.solver is None and isinstance(chosen, QR) and parameters <= SMALL
+    small = request.solver is None and isinstance(chosen, QR) and parameters <= PARAMETERS
     return small and request.options.loss is None and not request.options.acceleration
 
 
@@ -237,16 +238,15 @@ def _solution(
     residuals: Residuals,
     vector: jax.Array,
     counts: jax.Array,
-    bounds: tuple[jax.Array, jax.Array],
+    box: Box,
     frozen: np.ndarray,
     static: tuple[int, str],
 ) -> Solution:
     """All that is known at the end of a fit."""
-    lower, upper = bounds
     unit = jnp.ones([], vector.dtype)
     cost = residuals.value(vector, unit)
     slope = jax.grad(lambda v: residuals.value(v, unit))(vector)
-    held = ((vector <= lower) & (slope > 0) | (vector >= upper) & (slope < 0)) & ~frozen
+    held = box.holds(vector, slope) & ~frozen
     matrix = None
     if residuals.dense:
         point = residuals.point(vector)
@@ -272,23 +272,31 @@ def _solution(
     )
 
 
-def choose(residuals: int, parameters: int) -> tuple[Solver, str]:
-    """The solver for a problem of this size, and why.
+def choose(residuals: int, parameters: int, dtype: Any) -> tuple[Solver, str]:
+    """The solver for a problem of this size and precision, and why.
+
+    Cholesky squares the condition number: it keeps the accuracy of least squares up to the fourth root of rounding.
 
     Args:
         residuals: how many there are.
         parameters: likewise.
+        dtype: of the solve.
 
     Returns:
         The solver, and half a sentence.
     """
-    shape, smaller = f"{residuals} residuals and {parameters} parameters", min(residuals, parameters)
-    if smaller <= SMALL and residuals * parameters <= IN_MEMORY:
-        return QR(corrections=1), f"chosen for {shape}"
-    if smaller <= MEDIUM and residuals * parameters <= IN_MEMORY:
-        space = "residuals" if residuals < parameters else "parameters"
-        return Cholesky(), f"chosen for {shape}, in the space of the {space}"
-    return CG(max_steps=min(500, max(smaller, 1)), rtol=1e-3, progress=0.0), f"chosen for {shape}"
+    smaller, single = min(residuals, parameters), jnp.finfo(dtype).eps > jnp.finfo(jnp.float64).eps
+    chosen = f"chosen for {residuals} residuals and {parameters} parameters"
+    if residuals * parameters > IN_MEMORY or smaller > MEDIUM:
+        iterative = CG(max_steps=min(500, max(smaller, 1)), rtol=1e-3, progress=0.0)
+        return iterative, f"{chosen}, too many for a dense solver"
+    if smaller <= SMALL or single:
+        return QR(corrections=1), f"{chosen}, since it does not square the condition number"
+    space = "residuals" if residuals < parameters else "parameters"
+    return (
+        Cholesky(),
+        f"{chosen}, since QR takes longer and double precision bears its squares; in the space of {space}",
+    )
 
 
 def _replaced(options: Options, **changes: Any) -> Options:

@@ -231,6 +231,19 @@ def _shape_message(loss: Loss, name: str, outputs: Any, targets: Any) -> str:
     )
 
 
+def diagonal_products(diagonal: jax.Array) -> Products:
+    """The products with a diagonal Hessian, its root and the transpose of that.
+
+    Args:
+        diagonal: of the Hessian, an array like the outputs.
+
+    Returns:
+        The products.
+    """
+    root = jnp.sqrt(diagonal)
+    return lambda v: diagonal * v, lambda v: root * v, lambda v: root * v
+
+
 def block_roots(product: Product, outputs: Outputs) -> jax.Array:
     """Square roots (n, c, c) of the Hessian's blocks, one for each example, from c products."""
     if not isinstance(outputs, jax.Array):

@@ -33,7 +33,8 @@ class Options:
         acceleration: whether steps are bent along the geodesic, by a second derivative of the residuals in the
             direction of the step.
         chunks: a tree of arrays with one leading axis, that of the chunks of the data; ``residuals`` is then called as
-            ``residuals(params, chunk, *args)``, one chunk after another. None for data in one piece.
+            ``residuals(params, chunk, *args)``, one chunk after another; weights and residuals have that axis, too.
+            None for data in one piece.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,11 +72,6 @@ class Options:
             raise TypeError(f"scaling must be True, False, or None for both in turn, but is {shown(self.scaling)}.")
         if not isinstance(self.acceleration, bool):
             raise TypeError(f"acceleration must be True or False, but is {shown(self.acceleration)}.")
-        if self.chunks is not None and (self.weights is not None or self.acceleration):
-            raise ValueError(
-                "chunks must come without weights and acceleration, but one of them is given too; multiply the "
-                "residuals of a chunk by the square roots of its weights in residuals."
-            )
 
 
 def spread(tree: Any, like: Params, argument: str, like_argument: str = "params") -> Any:

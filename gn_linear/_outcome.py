@@ -12,6 +12,8 @@ class Outcome(enum.IntEnum):
         'COST'
     """
 
+    UNBOUNDED = -3
+    """The residuals vanished, but the parameters still grew when the cap on steps was reached."""
     STALLED = -2
     """No step lowers the cost although the gradient is not zero."""
     NON_FINITE = -1
@@ -29,6 +31,10 @@ class Outcome(enum.IntEnum):
 
 
 MESSAGES = {
+    Outcome.UNBOUNDED: (
+        "the residuals vanish as the parameters grow without end, so there is no minimum; set bounds, or take atol for "
+        "the norm of the residuals that is small enough"
+    ),
     Outcome.STALLED: (
         "no step lowers the cost although the gradient is not zero; check that the derivative of the residuals is "
         "right (custom_jvp, rounding, integer conversions), and that they are the same when called again"

@@ -20,6 +20,9 @@ from gn_linear._typing import Params, Scalar
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.losses import squared_error
 
+PROBES = 4
+"""Products with the transpose of the Jacobian that estimate the norms of its columns."""
+
 
 class Point(NamedTuple):
     """The residuals at one vector of parameters, linearised.
@@ -29,7 +32,7 @@ class Point(NamedTuple):
         value: ``scale -> cost / scale^2``.
         linearisation: of the residuals.
         matrix: its Jacobian, if that is kept.
-        columns: the norms of its columns, or one number for all where there is no Jacobian, shape (P,).
+        columns: the norms of its columns, estimated where there is no Jacobian, shape (P,).
     """
 
     residuals: jax.Array
@@ -71,17 +74,19 @@ class Residuals:
     def vector(self, vector: jax.Array) -> jax.Array:
         """All residuals, weighted, in one vector."""
         if self.chunks is None:
-            return self._weighted(self.fn(_tree.unflatten(vector, self.like), *self.args), vector.dtype)
+            found = self.fn(_tree.unflatten(vector, self.like), *self.args)
+            return _weighted(found, self.weights, vector.dtype)
         # Checkpointed, so that no more than a chunk's intermediate values are kept for the products.
-        piece = jax.checkpoint(lambda v, chunk: self._of_chunk(v, chunk))
-        return jax.lax.map(lambda chunk: piece(vector, chunk), self.chunks).ravel()
+        of_piece = jax.checkpoint(lambda v, piece: self._of_piece(v, piece))
+        return jax.lax.map(lambda piece: of_piece(vector, piece), self._pieces(vector)).ravel()
 
     def value(self, vector: jax.Array, scale: Scalar) -> Scalar:
         """The cost over the square of a scale."""
         loss = in_units(self.loss, scale)
         if self.chunks is None:
             return loss((self.vector(vector) / scale)[None])
-        return jnp.sum(jax.lax.map(lambda c: loss((self._of_chunk(vector, c) / scale)[None]), self.chunks))
+        pieces = self._pieces(vector)
+        return jnp.sum(jax.lax.map(lambda piece: loss((self._of_piece(vector, piece) / scale)[None]), pieces))
 
     def size(self, vector: jax.Array) -> Scalar:
         """The norm of all residuals."""
@@ -97,7 +102,7 @@ class Residuals:
 
         lin = linearise(predict, vector, ())
         matrix = _jacobian.jacobian(predict, vector, (), lin) if self.dense else None
-        columns = norms(matrix) if matrix is not None else jnp.full_like(vector, _typical(lin))
+        columns = norms(matrix) if matrix is not None else _estimated(lin)
         residuals = lin.outputs
 
         def value(scale: Scalar) -> Scalar:
@@ -114,8 +119,28 @@ class Residuals:
         rows = jnp.concatenate([matrix, lin.outputs[0][:, None]], axis=1)
         return rows if rows.shape[0] <= rows.shape[1] else jnp.linalg.qr(rows, mode="r")
 
-    def _of_chunk(self, vector: jax.Array, chunk: Any) -> jax.Array:
-        return self._weighted(self.fn(_tree.unflatten(vector, self.like), chunk, *self.args), vector.dtype)
+    def bend(self, vector: jax.Array, velocity: jax.Array, scale: Scalar) -> jax.Array:
+        """The gradient ``J^T H r'' / scale`` of the second derivative along a velocity, chunk by chunk."""
+
+        def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
+            def residuals(v: jax.Array) -> jax.Array:
+                return self._of_piece(v, piece)[None]
+
+            second = second_derivative(residuals, vector, velocity) / scale
+            here, pull = jax.vjp(residuals, vector)
+            return total + pull(self.loss.hessian(here).product(second))[0], None
+
+        return jax.lax.scan(add, jnp.zeros_like(vector), self._pieces(vector))[0]
+
+    def _pieces(self, vector: jax.Array) -> tuple[Any, Any]:
+        """Each chunk with its weights, if there are any."""
+        if self.weights is None:
+            return self.chunks, None
+        return self.chunks, spread(self.weights, jax.eval_shape(self.tree, vector), "weights", "the residuals")
+
+    def _of_piece(self, vector: jax.Array, piece: tuple[Any, Any]) -> jax.Array:
+        chunk, weights = piece
+        return _weighted(self.fn(_tree.unflatten(vector, self.like), chunk, *self.args), weights, vector.dtype)
 
     def _compressed(self, vector: jax.Array) -> Point:
         """The same problem with P + 1 residuals, and no squares."""
@@ -126,8 +151,8 @@ class Residuals:
     def _triangle_of_chunks(self, vector: jax.Array) -> jax.Array:
         size = len(vector)
 
-        def add(triangle: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-            residuals, push = jax.linearize(lambda v: self._of_chunk(v, chunk), vector)
+        def add(triangle: jax.Array, piece: Any) -> tuple[jax.Array, None]:
+            residuals, push = jax.linearize(lambda v: self._of_piece(v, piece), vector)
             rows = jax.vmap(push, out_axes=1)(jnp.eye(size, dtype=vector.dtype))
             hessian, slope = self.loss.hessian(residuals[None]), self.loss.gradient(residuals[None])
             root = hessian.root(jnp.ones_like(slope))[0]
@@ -136,21 +161,31 @@ class Residuals:
             return jnp.linalg.qr(jnp.concatenate([triangle, block]), mode="r"), None
 
         empty = jnp.zeros([size + 1, size + 1], vector.dtype)
-        return jax.lax.scan(add, empty, self.chunks)[0]
-
-    def _weighted(self, residuals: Any, dtype: Any) -> jax.Array:
-        flat = _tree.flatten(residuals, dtype)
-        if self.weights is None:
-            return flat
-        weights = _tree.flatten(spread(self.weights, residuals, "weights", "the residuals"), dtype)
-        # A residual without weight may be anything, and so may its derivative.
-        kept = jnp.where(weights == 0, jnp.zeros_like(flat), flat)
-        return jnp.sqrt(weights) * kept
+        return jax.lax.scan(add, empty, self._pieces(vector))[0]
 
     @property
     def compressed(self) -> bool:
         """Whether the points hold squares that stand for the cost, not the residuals themselves."""
         return self.dense and self.chunks is not None
+
+
+def second_derivative(function: Callable[[jax.Array], jax.Array], vector: jax.Array, velocity: jax.Array) -> jax.Array:
+    """Of a function along a straight line."""
+
+    def slope(v: jax.Array) -> jax.Array:
+        return jax.jvp(function, (v,), (velocity,))[1]
+
+    return jax.jvp(slope, (vector,), (velocity,))[1]
+
+
+def _weighted(residuals: Any, weights: Any, dtype: Any) -> jax.Array:
+    flat = _tree.flatten(residuals, dtype)
+    if weights is None:
+        return flat
+    weights = _tree.flatten(spread(weights, residuals, "weights", "the residuals"), dtype)
+    # A residual without weight may be anything, and so may its derivative.
+    kept = jnp.where(weights == 0, jnp.zeros_like(flat), flat)
+    return jnp.sqrt(weights) * kept
 
 
 def in_units(loss: Loss, scale: Scalar) -> Loss:
@@ -227,11 +262,11 @@ def norms(matrix: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum((matrix / unit) ** 2, axis=0))
 
 
-def _typical(lin: Linearisation) -> Scalar:
-    """The growth of the residuals along their gradient, for all columns where there is no Jacobian."""
-    gradient = lin.vjp(lin.outputs / unit_of(lin.outputs, squared_error))
-    size = _tree.norm(gradient)
-    return _tree.norm(lin.jvp(gradient / jnp.where(size > 0, size, jnp.ones_like(size))))
+def _estimated(lin: Linearisation) -> jax.Array:
+    """Norms of the columns without a Jacobian: those of random combinations of its rows, within a factor of about 2."""
+    shape, dtype = (PROBES, *lin.outputs.shape), lin.outputs.dtype
+    probes = jax.random.normal(jax.random.key(0), shape, dtype)  # always the same, so that a fit can be repeated
+    return norms(jax.lax.map(lin.vjp, probes)) / jnp.asarray(PROBES**0.5, dtype)
 
 
 def parameter_count(params: Params) -> int:

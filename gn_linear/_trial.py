@@ -30,6 +30,7 @@ class Trial(NamedTuple):
         actual: reduction of the objective, less what the incoming gradient holds besides this batch's.
         predicted: reduction by the quadratic model.
         gain_ratio: the one over the other.
+        reached: the objective at the end of the step.
         refusal: a ``Refusal``.
         informative: whether the reductions are more than rounding.
     """
@@ -37,6 +38,7 @@ class Trial(NamedTuple):
     actual: Scalar
     predicted: Scalar
     gain_ratio: Scalar
+    reached: Scalar
     refusal: Count
     informative: Flag
 
@@ -119,7 +121,7 @@ class Search:
             return first, damping
         if self.solver.cheap_again:
             return self._with_more_damping(first, damping)
-        return self._shortened(first), self._learnt(damping, first.trial)
+        return self._shortened(first), learnt(self.policy, damping, first.trial)
 
     def _attempt(self, damping: Scalar) -> Attempt:
         mu = damping.astype(self.rate.dtype)
@@ -146,10 +148,6 @@ class Search:
         reached = self.objective(optax.apply_updates(self.problem.params, emitted))
         trial = judge(self.problem, self.rhs, emitted, reached, self.policy.adaptive, image)
         return trial._replace(refusal=jnp.where(lost, reason, trial.refusal), informative=trial.informative | lost)
-
-    def _learnt(self, damping: DampingState, trial: Trial) -> DampingState:
-        learnt = self.policy.update(damping, trial.gain_ratio, trial.accepted)
-        return _tree.where(trial.informative, learnt, self.policy.relax(damping))
 
     def _shortened(self, first: Attempt) -> Attempt:
         """Halve a finite step that raises the objective until it lowers it, at a trial evaluation each.
@@ -190,7 +188,7 @@ class Search:
             (jnp.zeros([], jnp.int32), first, damping),
         )
         last = last._replace(evaluations=1 + retries)
-        return last, self._learnt(damping, last.trial)
+        return last, learnt(self.policy, damping, last.trial)
 
     def _best_of_path(self, damping: DampingState, path: Path) -> tuple[Attempt, DampingState]:
         """Try all dampings of the path side by side; the one with the lowest objective is the step."""
@@ -200,8 +198,23 @@ class Search:
         # Where none is accepted, the one with the most damping says why, and is halved.
         best = jnp.where(jnp.any(accepted), jnp.argmax(gains), path.most)
         chosen = jax.tree.map(lambda x: x[best], attempts)._replace(evaluations=jnp.int32(len(path.factors)))
-        learnt = path.moved(damping, best, chosen.trial.accepted)
-        return self._shortened(chosen), _tree.where(chosen.trial.informative, learnt, path.relax(damping))
+        moved = path.moved(damping, best, chosen.trial.accepted)
+        return self._shortened(chosen), _tree.where(chosen.trial.informative, moved, path.relax(damping))
+
+
+def learnt(policy: Policy, damping: DampingState, trial: Trial) -> DampingState:
+    """What a policy remembers after a trial.
+
+    Args:
+        policy: the damping policy.
+        damping: its state before.
+        trial: the verdict on the step.
+
+    Returns:
+        Its state after.
+    """
+    new = policy.update(damping, trial.gain_ratio, trial.accepted)
+    return _tree.where(trial.informative, new, policy.relax(damping))
 
 
 def judge(
@@ -260,4 +273,4 @@ def verdict(
         ],
         Refusal.NONE,
     )
-    return Trial(actual, predicted, ratio, refusal, ~noise)
+    return Trial(actual, predicted, ratio, after, refusal, ~noise)

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from gn_linear import _tree
 from gn_linear._fit_loop import POLICY, FitLoop, FitState, Look
 from gn_linear._residuals import norms
-from gn_linear._trial import MAX_RETRIES, Attempt, verdict
-from gn_linear._typing import Count, Scalar
+from gn_linear._trial import MAX_RETRIES, Attempt, learnt, verdict
+from gn_linear._typing import Count
 from gn_linear.curvature import Reductions
 from gn_linear.solvers import Result, Status
+
+PARAMETERS = 100
+"""So many make the triangle small."""
 
 ROUNDING = 10
 """A damping below the square of so many roundings of the Jacobian is raised to that."""
@@ -60,16 +62,16 @@ class TriangleLoop(FitLoop):
         gradient = jnp.sum(matrix * unit[:, None], axis=0)
         look, inverse = self._look_along(state, scale, norms(matrix), gradient, 1.0)
         look = look._replace(objective=jnp.where(size == 0, size, look.objective))
-        last, reached = self._attempted(state, look, matrix * inverse, unit)
-        learnt = POLICY.update(look.damping, last.trial.gain_ratio, last.trial.accepted)
-        learnt = _tree.where(last.trial.informative, learnt, POLICY.relax(look.damping))
+        last = self._attempted(state, look, matrix * inverse, unit)
         searched = ~last.trial.too_long | (attempts >= MAX_RETRIES)
-        left = jnp.where(last.trial.accepted, scale * jnp.sqrt(2 * reached), size)
+        left = jnp.where(last.trial.accepted, scale * jnp.sqrt(2 * last.trial.reached), size)
         kept = Kept(triangle, jnp.where(searched, jnp.zeros_like(attempts), attempts + 1))
-        return self._after(state, look, last, learnt, searched)._replace(left=left, kept=kept)
+        return self._after(state, look, last, learnt(POLICY, look.damping, last.trial), searched)._replace(
+            left=left, kept=kept
+        )
 
-    def _attempted(self, state: FitState, look: Look, matrix: jax.Array, unit: jax.Array) -> tuple[Attempt, Scalar]:
-        """A step for the damping that is due, with the objective at its end."""
+    def _attempted(self, state: FitState, look: Look, matrix: jax.Array, unit: jax.Array) -> Attempt:
+        """A step for the damping that is due."""
         count, rounding = matrix.shape[1], ROUNDING * jnp.finfo(matrix.dtype).eps
         damping = jnp.maximum(look.damping.multiple, count * rounding**2)
         below = jnp.sqrt(damping) * jnp.eye(count, count + 1, dtype=matrix.dtype)
@@ -78,15 +80,15 @@ class TriangleLoop(FitLoop):
         seen = factor[:count, count]
         step = -solve_triangular(factor[:count, :count], seen)
         predicted = 0.5 * jnp.sum(seen * seen + damping * step * step)
-        if self.lower is not None:
+        if self.box.sides is not None:
             step = self._adjusted(state, look, step, damping)
             image = jnp.sum(matrix * step, axis=1)
             predicted = -jnp.sum(image * (unit + 0.5 * image))
-        reached = self.residuals.value(self._moved(state.vector, look.stretch * step), look.scale)
+        reached = self.residuals.value(self.box.moved(state.vector, look.stretch * step), look.scale)
         nothing = jnp.zeros_like(reached)
         trial = verdict(
             look.objective, reached, Reductions(predicted, nothing), 2 * look.objective, jnp.isfinite(predicted), True
         )
         one = jnp.ones([], jnp.int32)
         result = Result(step, (), one, jnp.int32(Status.CONVERGED))
-        return Attempt(look.damping.multiple, result, step, trial, one), reached
+        return Attempt(look.damping.multiple, result, step, trial, one)

@@ -19,6 +19,7 @@ __all__ = ["Constant", "DampingState", "LevenbergMarquardt", "Path", "Policy", "
 
 LARGEST = 1e38
 """The largest multiple: what float32 holds."""
+_MEMORY = 0.8
 
 
 class DampingState(NamedTuple):
@@ -27,10 +28,16 @@ class DampingState(NamedTuple):
     Attributes:
         multiple: the damping in multiples of the curvature scale, shape ().
         growth: the factor by which the next refusal multiplies it, shape ().
+        tried: the multiple of the last step, if that lowered the objective as promised by the model, else 0; shape ().
+        surprise: running sum of what the batches say of each other's steps, see ``LevenbergMarquardt``; shape ().
+        predicted: running sum of the predicted reductions of these steps, shape ().
     """
 
     multiple: Scalar
     growth: Scalar
+    tried: Scalar
+    surprise: Scalar
+    predicted: Scalar
 
 
 class Policy:
@@ -51,7 +58,7 @@ class Policy:
         Returns:
             The state.
         """
-        return DampingState(jnp.zeros([], dtype), jnp.full([], 2.0, dtype))
+        return _starting_at(jnp.zeros([], dtype))
 
     def damping(self, state: DampingState, scale: Scalar, count: Count) -> Scalar:
         r"""The damping :math:`\mu` of this step.
@@ -78,6 +85,22 @@ class Policy:
             The new state; by default the old one.
         """
         del gain_ratio, accepted
+        return state
+
+    def reviewed(self, state: DampingState, gain_ratio: Scalar, surprise: Scalar, predicted: Scalar) -> DampingState:
+        """The state before a step, once its batch is known, which tells something about the last step, too.
+
+        Args:
+            state: what the policy remembers.
+            gain_ratio: of the last step, on its own batch.
+            surprise: what the objective of the new batch is above that which the last step reached on its own batch;
+                0 on the full batch.
+            predicted: the reduction predicted for the last step.
+
+        Returns:
+            The new state; by default the old one.
+        """
+        del gain_ratio, surprise, predicted
         return state
 
     def relax(self, state: DampingState) -> DampingState:
@@ -156,7 +179,7 @@ class _Bounded(Policy):
 
     def init(self, dtype: Any) -> DampingState:
         """The first multiple, within its bounds."""
-        return DampingState(self._within(jnp.asarray(self.initial, dtype)), jnp.full([], 2.0, dtype))
+        return _starting_at(self._within(jnp.asarray(self.initial, dtype)))
 
     def damping(self, state: DampingState, scale: Scalar, count: Count) -> Scalar:
         """The multiple times the scale."""
@@ -167,7 +190,7 @@ class _Bounded(Policy):
         """Back towards the first multiple: a damping so large that every step is rounding would never come down."""
         first = self.init(state.multiple.dtype)
         eased = jnp.maximum(state.multiple / 3, jnp.minimum(state.multiple, first.multiple))
-        return DampingState(eased, first.growth)
+        return state._replace(multiple=eased, growth=first.growth, tried=first.tried)
 
     def _within(self, multiple: jax.Array) -> jax.Array:
         bounds = (jnp.asarray(bound, multiple.dtype) for bound in (self.minimum, self.maximum))
@@ -197,6 +220,18 @@ class LevenbergMarquardt(_Bounded):
         \text{accepted:} \quad \mu \leftarrow \mu \max(\tfrac13, 1 - (2\rho - 1)^3), \quad \nu \leftarrow 2; \qquad
         \text{refused:} \quad \mu \leftarrow \mu \nu, \quad \nu \leftarrow 2 \nu.
 
+    On minibatches a step can fit its own batch at the expense of the others, and its gain ratio is 1 all the same. The
+    next batch tells: its objective where the step ended is a surprise if it is above the one that the step reached on
+    its own batch. So the gain ratio of an accepted step is taken for
+
+    .. math::
+        \min(\rho, 1) - \phi \, \frac{\sum_k 0.8^k \, (F_{t+1-k} - F_{t-k})(\theta_{t+1-k})}
+        {\sum_k 0.8^k \, \text{predicted}_{t-k}},
+        \qquad \text{at least } 0,
+
+    with :math:`\phi` = ``fresh`` and the sums over steps, as soon as the next step evaluates the objective. It costs
+    nothing, and on the full batch it changes nothing.
+
     A step whose actual and predicted reductions are both below the rounding of the objective tells nothing. It leaves
     the damping as it is, or eases it towards ``initial`` if it is above.
 
@@ -204,10 +239,12 @@ class LevenbergMarquardt(_Bounded):
         initial: the first multiple.
         minimum: the smallest multiple.
         maximum: the largest multiple, at most 1e38.
+        fresh: weight of the next batches' surprise, from 0 to 1; 0 believes a step's own batch.
 
     Raises:
         TypeError: one of them is not a number.
-        ValueError: one is not positive and finite, or ``minimum <= initial <= maximum`` does not hold.
+        ValueError: one is not positive and finite, ``minimum <= initial <= maximum`` does not hold, or ``fresh`` is not
+            between 0 and 1.
 
     Example:
         >>> import gn_linear as gnl
@@ -218,22 +255,53 @@ class LevenbergMarquardt(_Bounded):
     """
 
     initial: Number = 1e-2
-    minimum: Number = 1e-8
+    minimum: Number = 1e-12
     maximum: Number = 1e8
+    fresh: Number = 0.5
 
     def __post_init__(self) -> None:
         self._check_bounds()
+        fresh = check_number(self.fresh, "fresh")
+        if fresh is not None and fresh > 1:
+            raise ValueError(f"fresh must be at most 1, since it is a weight, but is {shown(self.fresh)}.")
 
     def update(self, state: DampingState, gain_ratio: Scalar, accepted: Flag) -> DampingState:
         """Nielsen's rule."""
-        dtype = state.multiple.dtype
         # Beyond (0, 1) the rule is flat or refuses; clipping first keeps the cube finite.
-        ratio = jnp.clip(gain_ratio.astype(dtype), -1, 1)
+        ratio = jnp.clip(gain_ratio.astype(state.multiple.dtype), -1, 1)
         trusted = accepted & (ratio > 0)
-        shrink = jnp.maximum(jnp.asarray(1 / 3, dtype), 1 - (2 * ratio - 1) ** 3)
-        multiple = state.multiple * jnp.where(trusted, shrink, state.growth)
+        multiple = state.multiple * jnp.where(trusted, _nielsen(ratio), state.growth)
         growth = jnp.where(trusted, jnp.full_like(state.growth, 2.0), jnp.minimum(2 * state.growth, 2.0**16))
-        return DampingState(self._within(multiple), growth)
+        return state._replace(
+            multiple=self._within(multiple), growth=growth, tried=jnp.where(trusted, state.multiple, 0)
+        )
+
+    def reviewed(self, state: DampingState, gain_ratio: Scalar, surprise: Scalar, predicted: Scalar) -> DampingState:
+        """Nielsen's rule once more, with the next batch's word."""
+        dtype = state.multiple.dtype
+        usable = (state.tried > 0) & jnp.isfinite(surprise) & jnp.isfinite(predicted) & (predicted > 0)
+        sums = [
+            jnp.where(usable, _MEMORY * total + new.astype(dtype), total)
+            for total, new in ((state.surprise, surprise), (state.predicted, predicted))
+        ]
+        share = jnp.asarray(self.fresh, dtype) * sums[0] / jnp.where(sums[1] > 0, sums[1], 1)
+        ratio = jnp.clip(jnp.minimum(gain_ratio.astype(dtype), 1) - share, 0, 1)
+        return state._replace(
+            multiple=jnp.where(usable, self._within(state.tried * _nielsen(ratio)), state.multiple),
+            tried=jnp.zeros_like(state.tried),
+            surprise=sums[0],
+            predicted=sums[1],
+        )
+
+
+def _nielsen(ratio: Scalar) -> Scalar:
+    """The factor of the damping after an accepted step."""
+    return jnp.maximum(jnp.asarray(1 / 3, ratio.dtype), 1 - (2 * ratio - 1) ** 3)
+
+
+def _starting_at(multiple: Scalar) -> DampingState:
+    zero = jnp.zeros_like(multiple)
+    return DampingState(multiple, jnp.full_like(multiple, 2.0), zero, zero, zero)
 
 
 @_tree.register_dataclass

@@ -25,6 +25,7 @@ from gn_linear._loss import (
     block_roots,
     blockwise,
     check_structure,
+    diagonal_products,
     widen,
 )
 from gn_linear._typing import Number, Outputs, Scalar, Targets, check_number, shown
@@ -71,7 +72,7 @@ class SquaredError(Loss):
         return outputs - targets.astype(outputs.dtype)
 
     def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
-        return _diagonal_products(jnp.ones([], outputs.dtype))
+        return diagonal_products(jnp.ones([], outputs.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +171,7 @@ class SigmoidBinaryCrossEntropy(Loss):
         return (1 - y) * jax.nn.sigmoid(outputs) - y * jax.nn.sigmoid(-outputs)
 
     def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
-        return _diagonal_products(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
+        return diagonal_products(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
 
 
 @jax.tree_util.register_dataclass
@@ -195,7 +196,7 @@ class Poisson(Loss):
         return jnp.exp(outputs) - targets.astype(outputs.dtype)
 
     def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
-        return _diagonal_products(jnp.exp(outputs))
+        return diagonal_products(jnp.exp(outputs))
 
 
 @jax.tree_util.register_dataclass
@@ -227,7 +228,7 @@ class Huber(Loss):
     def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         delta = jnp.asarray(self.delta, outputs.dtype)
         inside = jnp.abs(outputs - targets.astype(outputs.dtype)) <= delta
-        return _diagonal_products(inside.astype(outputs.dtype))
+        return diagonal_products(inside.astype(outputs.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -291,11 +292,6 @@ class _WeightedTargets:
 
 def _per_example(weights: Any, like: jax.Array) -> jax.Array:
     return jnp.reshape(weights, np.shape(weights) + (1,) * (np.ndim(like) - 1)).astype(like.dtype)
-
-
-def _diagonal_products(diagonal: jax.Array) -> Products:
-    root = jnp.sqrt(diagonal)
-    return lambda v: diagonal * v, lambda v: root * v, lambda v: root * v
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["fn"])

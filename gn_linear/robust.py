@@ -13,17 +13,18 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from gn_linear._loss import Loss, Products
+from gn_linear._loss import Loss, Products, diagonal_products
 from gn_linear._typing import Number, check_number
 
 __all__ = ["Arctan", "Cauchy", "SoftL1", "arctan", "cauchy", "soft_l1"]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Robust(Loss):
     """A loss of each residual, from its value, slope and curvature for ``delta = 1``."""
 
     needs_targets: ClassVar[bool] = False
-    delta: Number
+    delta: Number = 1.0
 
     @staticmethod
     def _value_of(t: jax.Array) -> jax.Array:
@@ -51,9 +52,7 @@ class _Robust(Loss):
 
     def _hessian(self, outputs: jax.Array, targets: Any) -> Products:
         curvature = self._scaled(outputs, targets, self._curvature_of)
-        curvature = jnp.maximum(curvature, jnp.asarray(jnp.finfo(outputs.dtype).eps, outputs.dtype))
-        root = jnp.sqrt(curvature)
-        return lambda v: curvature * v, lambda v: root * v, lambda v: root * v
+        return diagonal_products(jnp.maximum(curvature, jnp.asarray(jnp.finfo(outputs.dtype).eps, outputs.dtype)))
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +63,6 @@ class SoftL1(_Robust):
     Attributes:
         delta: where the quadratic ends, :math:`C`, in units of the residuals.
     """
-
-    delta: Number = 1.0
 
     @staticmethod
     def _value_of(t: jax.Array) -> jax.Array:
@@ -89,8 +86,6 @@ class Cauchy(_Robust):
         delta: where the quadratic ends, :math:`C`, in units of the residuals.
     """
 
-    delta: Number = 1.0
-
     @staticmethod
     def _value_of(t: jax.Array) -> jax.Array:
         return 0.5 * jnp.log1p(t**2)
@@ -112,8 +107,6 @@ class Arctan(_Robust):
     Attributes:
         delta: where the quadratic ends, :math:`C`, in units of the residuals.
     """
-
-    delta: Number = 1.0
 
     @staticmethod
     def _value_of(t: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def test_loss_that_was_not_made(factory):
 
 
 @pytest.mark.parametrize(
-    "bounds", [{"minimum": 10, "maximum": 1}, {"minimum": np.float32(10)}, {"initial": 1e-12}, {"initial": 1e12}]
+    "bounds", [{"minimum": 10, "maximum": 1}, {"minimum": np.float32(10)}, {"initial": 1e-13}, {"initial": 1e12}]
 )
 def test_damping_bounds_in_disorder(bounds):
     with pytest.raises(ValueError, match="minimum <= initial <= maximum"):

@@ -97,21 +97,22 @@ def test_tuning_gives_up_settings_that_have_long_lost():
 def test_methods_lower_the_loss_by_as_many_steps_as_they_say(entry):
     host, start = Host("regression"), instance(0)
     host.open("run", entry, entry.settings[1], start)
-    wall, cpu = host.advance("run", 0)
-    assert min(wall, cpu) > 0
+    (taken,) = host.advance("run", 0, 1, 1.0)
+    assert min(taken.seconds, taken.cpu_seconds) > 0
     value = PROBLEMS["regression"].value
-    assert value(host.params("run"), *start.batch) < value(start.params, *start.batch)
+    assert value(taken.params, *start.batch) < value(start.params, *start.batch)
 
 
 def test_minibatches_follow_their_order_and_begin_again():
-    seen = Method(lambda params, batch: jnp.zeros(()), lambda carry, batch: 10 * carry + batch[0][0])
+    seen = Method(
+        lambda params, batch: jnp.zeros(()), lambda carry, batch: 10 * carry + batch[0][0], lambda carry: carry
+    )
     order = np.array([[1, 0], [2, 1], [3, 2]])
     for compiled in ("traced", "itself"):
         host = Host("regression")
         entry = Entry("seen", lambda problem, setting: seen, (1.0,), steps=2, compiled=compiled)
         host.open("run", entry, 1.0, Instance(jnp.zeros(()), (np.arange(4.0), np.arange(4)), order))
-        for turn in range(2):
-            host.advance("run", turn)
+        assert [taken.params for taken in host.advance("run", 0, 2, 1.0)] == [12, 1231]
         assert host.runs["run"].carry == 1231
 
 
@@ -141,7 +142,7 @@ class Dead:
 
 def test_worker_answers_and_reports_what_went_wrong(monkeypatch):
     requests, answers = io.BytesIO(), io.BytesIO()
-    for request in (("close", ("run",)), ("params", ("missing",))):
+    for request in (("close", ("run",)), ("advance", ("missing", 0, 1, 1.0))):
         pickle.dump(request, requests)
     requests.seek(0)
     worker.serve(Host("regression"), requests, answers)
@@ -149,9 +150,9 @@ def test_worker_answers_and_reports_what_went_wrong(monkeypatch):
     host = remote.RemoteHost("regression", "double", False)
     assert host.close("run") is None
     with pytest.raises(remote.Skipped, match="KeyError: 'missing'"):
-        host.params("missing")
+        host.advance("missing", 0, 1, 1.0)
     with pytest.raises(remote.Skipped, match="its process ended"):
-        host.params("missing")
+        host.advance("missing", 0, 1, 1.0)
 
 
 def test_environment_that_cannot_be_made_skips_its_methods_and_says_why(monkeypatch, tmp_path):

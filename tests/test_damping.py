@@ -17,7 +17,7 @@ from tests.support import assert_bit_equal, assert_close, tolerance
 SCALE, COUNT = jnp.float64(4.0), jnp.int32(0)
 
 
-def nielsen(multiple, growth, ratio, accepted, minimum=1e-8, maximum=1e8):
+def nielsen(multiple, growth, ratio, accepted, minimum=1e-12, maximum=1e8):
     """Madsen, Nielsen and Tingleff (2004), Methods for non-linear least squares problems, Algorithm 3.16."""
     if accepted and ratio > 0:
         multiple, growth = multiple * max(1 / 3, 1 - (2 * ratio - 1) ** 3), 2.0
@@ -118,6 +118,38 @@ def test_damping_is_a_multiple_of_the_scale():
         assert_close(ours, 4.0 * 0.5 ** (count / 100), dtype=jnp.float32)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.floats(1e-3, 3.0),
+            st.one_of(st.floats(-10.0, 10.0, allow_subnormal=False), st.sampled_from([np.nan, np.inf])),
+            st.floats(1e-3, 10.0),
+            st.booleans(),
+        ),
+        min_size=4,
+        max_size=4,
+    ),
+    fresh=st.floats(0.0, 1.0),
+)
+def test_next_batches_have_their_share_in_the_gain_ratio(steps, fresh):
+    policy = LevenbergMarquardt(0.5, fresh=fresh)
+    state, multiple, growth, surprises, promises = policy.init(jnp.float64), 0.5, 2.0, 0.0, 0.0
+    for own, surprise, predicted, accepted in steps:
+        said = [jnp.float64(value) for value in (own, surprise, predicted)]
+        state = policy.reviewed(policy.update(state, said[0], jnp.array(accepted)), *said)
+        ratio = own
+        if accepted and np.isfinite(surprise):
+            surprises, promises = 0.8 * surprises + surprise, 0.8 * promises + predicted
+            ratio = np.clip(min(own, 1.0) - fresh * surprises / promises, 1e-300, 1.0)
+        multiple, growth = nielsen(multiple, growth, ratio, accepted)
+        # The cube of a ratio near 1/2 loses nothing; sums that cancel lose their size over what they are divided by.
+        size = 100 * (1 + fresh * 40 / max(promises, 1e-3))
+        assert_close(state.multiple, multiple, size=size)
+        assert_close(state.growth, growth)
+        assert_bit_equal(policy.reviewed(state, *said), state)
+
+
 def test_constant_is_absolute():
     policy = Constant(0.1)
     state = policy.init(jnp.float64)
@@ -170,6 +202,12 @@ def test_bounds_are_positive_and_finite(policy, name, value):
         dataclasses.replace(policy, **{name: value})
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_weight_of_the_next_batch_is_between_zero_and_one(value):
+    with pytest.raises(ValueError, match=r"^fresh must be"):
+        LevenbergMarquardt(fresh=value)
+
+
 def test_schedule_is_a_function():
     with pytest.raises(TypeError, match="schedule must be a function of the step count"):
         Schedule(0.1)
@@ -183,7 +221,7 @@ def test_numbers_are_traced():
     assert_bit_equal(jax.jit(jax.vmap(first))(values), values)
     initial = jax.vmap(lambda value: LevenbergMarquardt(value).init(jnp.float64).multiple)(values)
     assert_bit_equal(initial, values)
-    assert jax.tree.leaves(LevenbergMarquardt(0.2, 0.1, 0.3)) == [0.2, 0.1, 0.3]
+    assert jax.tree.leaves(LevenbergMarquardt(0.2, 0.1, 0.3, 0.4)) == [0.2, 0.1, 0.3, 0.4]
     assert jax.tree.leaves(Schedule(lambda count: 1.0)) == []
 
 

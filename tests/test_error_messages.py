@@ -233,6 +233,7 @@ call("memory/negative", "memory", "-1.0", of=lambda: gnl.preconditioners.Kroneck
 call("widest/negative", "widest", "-1", of=lambda: gnl.preconditioners.Kronecker(widest=-1))
 call("momentum/number", "momentum", "0.9", of=lambda: gnl.solvers.CG(momentum=0.9))
 call("momentum/warm start", "warm_start", "0.95", of=lambda: gnl.solvers.CG(momentum=True, warm_start=0.95))
+call("fresh/above one", "fresh", "1.5", of=lambda: gnl.damping.LevenbergMarquardt(fresh=1.5))
 call("minimum/zero", "minimum", "0.0", of=lambda: gnl.damping.LevenbergMarquardt(minimum=0.0))
 call("maximum/too large", "maximum", "1e+39", of=lambda: gnl.damping.LevenbergMarquardt(maximum=1e39))
 call("initial/not in between", "initial", "10.0", "1.0", of=lambda: gnl.damping.LevenbergMarquardt(10.0, maximum=1.0))
@@ -919,7 +920,6 @@ call("least_squares/labels", "the residuals", "int32", of=lambda: fit(lambda p: 
 call("Options/loss", "loss", "'huber'", of=lambda: gnl.Options(loss="huber"))
 call("Options/scaling", "scaling", "'jac'", of=lambda: gnl.Options(scaling="jac"))
 call("Options/acceleration", "acceleration", "1", of=lambda: gnl.Options(acceleration=1))
-call("Options/chunks and weights", "chunks", "weights", of=lambda: gnl.Options(chunks=X, weights=1.0))
 call("Options/bounds of another tree", "lower", "['b'] is missing", of=lambda: options(lower={"w": 0.0, "bias": 0.0}))
 call(
     "Options/bounds of another shape", "lower: leaf ['w']", "(2,)", of=lambda: options(lower={"w": floats(2), "b": 0.0})

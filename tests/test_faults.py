@@ -182,7 +182,7 @@ def check_continued(fault, result, step, policy):
 def check_divergence(result, policy):
     """Steps that make it worse are refused, by an adaptive policy all of them, and leave the parameters alone."""
     codes = {gnl.Refusal(code) for code in np.flatnonzero(result.refusals)}
-    assert codes <= {gnl.Refusal.NONE, gnl.Refusal.TRIAL, gnl.Refusal.INCREASE}
+    assert codes <= {gnl.Refusal.NONE, gnl.Refusal.TRIAL, gnl.Refusal.INCREASE, gnl.Refusal.ROUNDING}
     for row in range(STEPS):
         info = at(result.state.info, row)
         if not info.accepted:

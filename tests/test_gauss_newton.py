@@ -505,6 +505,31 @@ def test_leaves_a_region_without_curvature():
 # ---- hyperparameters
 
 
+@pytest.mark.parametrize("fresh", [0.0, 0.5])
+def test_damping_follows_what_the_next_batch_says_of_the_last_step(fresh):
+    policy = gnl.damping.LevenbergMarquardt(initial=0.01, fresh=fresh)
+    update = jitted(gnl.gauss_newton(mlp, SQUARED, damping=policy))
+    first, second = (X[:3], Y[:3]), (X[3:], Y[3:])
+    dampings = {}
+    for name, following in (("another batch", second), ("the same batch", first)):
+        params, state = mlp_params(), gnl.gauss_newton(mlp, SQUARED, damping=policy).init(mlp_params())
+        for x, y in (first, following):
+            before, info = params, state.info
+            updates, state = update(network_gradient(params, x, y), state, params, inputs=x, targets=y)
+            params = optax.apply_updates(params, updates)
+        dampings[name] = float(state.info.damping)
+        assert bool(info.accepted)
+    start, own, other = (
+        half_mean_square(mlp(p, x), y)
+        for p, (x, y) in zip((mlp_params(), before, before), (first, first, second), strict=True)
+    )
+    for name, reached in (("another batch", (1 - fresh) * own + fresh * other), ("the same batch", own)):
+        ratio = np.clip(min(info.gain_ratio, 1.0) - (reached - own) / info.predicted_reduction, 0.0, 1.0)
+        wanted = info.damping * max(1 / 3, 1 - (2 * ratio - 1) ** 3)
+        np.testing.assert_allclose(dampings[name], wanted, rtol=1e3 * eps() * float(start / info.predicted_reduction))
+    assert (dampings["another batch"] == dampings["the same batch"]) == (fresh == 0)
+
+
 def test_learning_rate_schedule_and_number():
     params, grads = mlp_params(), network_gradient(mlp_params())
 

@@ -27,7 +27,7 @@ METRICS = {FULL: "training loss", MINI: "test error, 1 less the accuracy"}
 GOALS = (Goal(FULL, 1e-4, 1), Goal(MINI, 0.025, 0.8, fewest_steps=True))
 KFAC = foreign.KFAC._replace(settings=(1e-2, 1e-1, 1.0, 10.0))
 OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER)
-STOCHASTIC_OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER_MINI)
+STOCHASTIC_OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER)
 PEERS: tuple[Entry, ...] = (methods.ADAM, methods.SGD, methods.LBFGS, KFAC)
 STOCHASTIC_PEERS: tuple[Entry, ...] = (methods.ADAM, methods.SGD, KFAC)
 

@@ -26,7 +26,7 @@ NAME = "mnist, minibatches"
 METRICS = {NAME: "training loss"}
 GOALS = tuple(Goal(NAME, target, 0.8, fewest_steps=True) for target in (1e-2, 1e-3))
 KFAC = foreign.KFAC._replace(settings=(1e-2, 1e-1, 1.0, 10.0))
-OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER_MINI)
+OURS: tuple[Entry, ...] = (methods.DEFAULTS, *methods.KRONECKER)
 PEERS: tuple[Entry, ...] = (methods.ADAM_SHORT, methods.SGD_SHORT, KFAC)
 
 
@@ -62,7 +62,7 @@ def contests() -> list[Contest]:
             held=lambda seed: images(),
             targets=(1e-2, 1e-3),
             entries=(*OURS, *PEERS),
-            seconds=8.0,
+            seconds=5.0,
             steps=1000,
         )
     ]

@@ -2,6 +2,7 @@
 
 from gn_linear.solvers._interface import Result, Solver, Status
 from gn_linear.solvers.cg import CG, CGState
+from gn_linear.solvers.choice import Choice, choose
 from gn_linear.solvers.cholesky import Cholesky, CholeskyState
 from gn_linear.solvers.first_order import FirstOrder, FirstOrderState
 from gn_linear.solvers.lanczos import Lanczos, LanczosState
@@ -10,6 +11,7 @@ from gn_linear.solvers.qr import QR
 __all__ = [
     "CG",
     "CGState",
+    "Choice",
     "Cholesky",
     "CholeskyState",
     "FirstOrder",
@@ -20,4 +22,5 @@ __all__ = [
     "Result",
     "Solver",
     "Status",
+    "choose",
 ]

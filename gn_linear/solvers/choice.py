@@ -1,0 +1,72 @@
+"""The solver of who asks for none."""
+
+import enum
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gn_linear._kronecker import matrix_shape
+from gn_linear._typing import Params
+from gn_linear.preconditioners import Kronecker
+from gn_linear.solvers._interface import Solver
+from gn_linear.solvers.cg import CG
+
+SMALL = 100
+"""Parameters up to which plain conjugate gradients get far in their 50 steps."""
+STEPS = 2
+"""Inner steps with Kronecker factors; as measured in the benchmarks, 1 to 3 cost about the same seconds to a target."""
+
+
+class Choice(enum.IntEnum):
+    """Who chose the inner solver, and what for.
+
+    Example:
+        >>> import gn_linear as gnl
+        >>> gnl.solvers.Choice(1).name
+        'KRONECKER'
+    """
+
+    GIVEN = 0
+    """The caller."""
+    KRONECKER = 1
+    """The package: at least half of the parameters are weights of matrix products, as far as shapes tell."""
+    PLAIN = 2
+    """The package: there are few parameters, or most are not in matrices."""
+
+    @property
+    def words(self) -> str:
+        """The choice and its reason."""
+        return {
+            Choice.GIVEN: "the solver that was given",
+            Choice.KRONECKER: f"CG({STEPS}) with Kronecker factors, chosen since most parameters are in matrices",
+            Choice.PLAIN: "CG(), chosen since there are few parameters or most are not in matrices",
+        }[self]
+
+
+def choose(params: Params) -> tuple[Solver, Choice]:
+    """The solver that ``gauss_newton`` takes for these parameters if none is given.
+
+    Conjugate gradients with Kronecker factors and momentum, two inner steps, where at least half of more than 100
+    parameters are in arrays of two axes or more, both sides wider than 1; otherwise ``CG()``. Only shapes are looked
+    at. A weight that turns out to be in no matrix product alone has its diagonal for a preconditioner.
+
+    Args:
+        params: the parameters that will be trained.
+
+    Returns:
+        The solver, and which case it is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import gn_linear as gnl
+        >>> solver, choice = gnl.solvers.choose({"w": jnp.zeros((20, 10)), "b": jnp.zeros(10)})
+        >>> print(choice.words)
+        CG(2) with Kronecker factors, chosen since most parameters are in matrices
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    count = sum(map(math.prod, shapes))
+    inside = sum(math.prod(shape) for shape in shapes if min(matrix_shape(shape) or (0,)) > 1)
+    if count <= SMALL or 2 * inside < count:
+        return CG(), Choice.PLAIN
+    return CG(max_steps=STEPS, rtol=0.0, preconditioner=Kronecker(), momentum=True), Choice.KRONECKER

@@ -7,20 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _tree
+from gn_linear._box import Box
 from gn_linear._outcome import Outcome
-from gn_linear._refusal import Refusal, first_reason
-from gn_linear._residuals import (
-    Point,
-    Residuals,
-    in_units,
-    loss_of_points,
-    scaled_problem,
-    second_derivative,
-    unit_of,
-)
+from gn_linear._refusal import Refusal, first_that_holds
+from gn_linear._residuals import Residuals, in_units, loss_of_points, norms, scaled_problem, second_derivative, unit_of
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Scalar
-from gn_linear.curvature import LinearisedProblem
 from gn_linear.damping import DampingState, LevenbergMarquardt
 from gn_linear.solvers import Solver
 
@@ -53,12 +45,15 @@ class FitState(NamedTuple):
         reference: the largest column when the damping was last set, 0 before.
         damping: the policy's state.
         solver: the solver's.
-        first: the scale of the cost at the start.
+        first: the norm of the residuals at the start.
         entered: likewise, when this metric was entered.
+        left: likewise, now.
+        able: whether the other metric may find more.
         changes: how often the metric was changed.
         steps: searches so far.
         evaluations: of the residuals so far.
         status: an ``Outcome``, or ``RUNNING``.
+        kept: what else a kind of loop carries.
     """
 
     vector: jax.Array
@@ -69,18 +64,21 @@ class FitState(NamedTuple):
     solver: Any
     first: Scalar
     entered: Scalar
+    left: Scalar
+    able: Flag
     changes: Count
     steps: Count
     evaluations: Count
     status: Count
+    kept: Any = ()
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What is known at a point before a step is sought."""
 
-    point: Point
     scale: Scalar
-    problem: LinearisedProblem
+    objective: Scalar
+    problem: Any  # a LinearisedProblem, where a kind of loop poses one
     scaled: Flag
     metric: jax.Array
     stretch: jax.Array  # of the step, to that of the parameters
@@ -99,8 +97,7 @@ class FitLoop:
     Attributes:
         residuals: of the fit.
         solver: the inner solver.
-        lower: bounds, shape (P,).
-        upper: likewise.
+        box: the bounds.
         frozen: which parameters stay, shape (P,).
         scaling: as in ``Options``.
         acceleration: likewise.
@@ -111,8 +108,7 @@ class FitLoop:
 
     residuals: Residuals
     solver: Solver
-    lower: jax.Array
-    upper: jax.Array
+    box: Box
     frozen: Any
     scaling: bool | None
     acceleration: bool
@@ -129,7 +125,18 @@ class FitLoop:
         Returns:
             Its last state.
         """
-        return jax.lax.while_loop(lambda state: state.status == RUNNING, self._step, self._first(start))
+
+        def round_of(state: FitState) -> FitState:
+            after = self._step(state)
+            # In a branch, since it would cost a third of a small step; nothing large goes through it.
+            small = after._replace(vector=(), kept=(), solver=())
+            going = (after.status == RUNNING) & (after.steps < self.max_steps)
+            small = jax.lax.cond(
+                going, lambda kept: kept, lambda kept: self._at_an_end(kept, state.vector, after.vector), small
+            )
+            return small._replace(vector=after.vector, kept=after.kept, solver=after.solver)
+
+        return jax.lax.while_loop(lambda state: state.status == RUNNING, round_of, self._first(start))
 
     def _first(self, start: jax.Array) -> FitState:
         none, dtype = jnp.zeros([], jnp.int32), start.dtype
@@ -143,6 +150,8 @@ class FitLoop:
             solver=self.solver.init(start),
             first=jnp.full([], jnp.inf, dtype),
             entered=jnp.full([], jnp.inf, dtype),
+            left=jnp.full([], jnp.inf, dtype),
+            able=jnp.zeros([], bool),
             changes=none,
             steps=none,
             evaluations=jnp.ones([], jnp.int32),
@@ -155,71 +164,80 @@ class FitLoop:
         search = Search(
             problem=look.problem,
             rhs=rhs,
-            objective=lambda z: self.residuals.value(self._moved(state.vector, look.stretch * z), look.scale),
+            objective=lambda z: self.residuals.value(self.box.moved(state.vector, look.stretch * z), look.scale),
             solver=self.solver,
             prepared=self.solver.prepare(look.problem, rhs, state.solver),
             policy=POLICY,
             unit=jnp.ones_like(look.scale),
             count=state.steps,
             rate=jnp.ones_like(look.scale),
-            hopeless=first_reason([(~look.finite, Refusal.GRADIENT)], Refusal.NONE),
+            hopeless=first_that_holds([(~look.finite, Refusal.GRADIENT)], Refusal.NONE),
             adjusted=lambda step, mu: self._adjusted(state, look, step, mu),
         )
         last, learnt = search.run(look.damping)
+        solver = _tree.where(_tree.all_finite(last.result.step), last.result.state, state.solver)
+        here_left = look.scale * jnp.sqrt(2 * look.objective)
+        first = jnp.where(jnp.isinf(state.first), here_left, state.first)
+        return self._after(state._replace(first=first), look, last, learnt)._replace(solver=solver)
+
+    def _after(
+        self, state: FitState, look: Look, last: Attempt, learnt: DampingState, searched: Flag | bool = True
+    ) -> FitState:
+        """The state after an attempt, the last one of its search or not."""
         here = self._arrived(look)
-        taken = last.trial.accepted & (here == RUNNING)
-        moved = self._moved(state.vector, look.stretch * last.emitted)
-        vector = jnp.where(taken, moved, state.vector)
-        ended = jnp.where(here == RUNNING, self._converged(state, look, last, learnt, moved), here)
-        here_left = look.scale * jnp.sqrt(2 * look.problem.objective)
+        going = here == RUNNING
+        taken = last.trial.accepted & going
+        moved = self.box.moved(state.vector, look.stretch * last.emitted)
+        ended = jnp.where(searched, self._converged(state, look, last, learnt, moved), jnp.int32(RUNNING))
         gained = jnp.where(taken, last.trial.actual, jnp.zeros_like(last.trial.actual))
-        left = look.scale * jnp.sqrt(2 * jnp.maximum(look.problem.objective - gained, 0))
-        after = state._replace(
-            vector=vector,
+        left = look.scale * jnp.sqrt(2 * jnp.maximum(look.objective - gained, 0))
+        return state._replace(
+            vector=jnp.where(taken, moved, state.vector),
             scaled=look.scaled,
             metric=look.metric,
             reference=look.reference,
             damping=learnt,
-            solver=_tree.where(_tree.all_finite(last.result.step), last.result.state, state.solver),
-            first=jnp.where(jnp.isinf(state.first), here_left, state.first),
-            entered=jnp.where(state.reference == 0, here_left, state.entered),
-            steps=state.steps + (here == RUNNING),
-            evaluations=state.evaluations + jnp.where(here == RUNNING, last.evaluations, 0),
-            status=ended,
+            left=left,
+            able=going & look.uneven,
+            steps=state.steps + (going & searched),
+            evaluations=state.evaluations + jnp.where(going, last.evaluations, 0),
+            status=jnp.where(going, ended, here),
         )
-        after = self._in_other_metric(after, left, (here == RUNNING) & look.uneven)
-        capped = (after.status == RUNNING) & (after.steps >= self.max_steps)
-        # Nothing is left, and still the parameters grow: nowhere else can this be told from a fit that began far away.
-        vanished = left <= jnp.finfo(left.dtype).eps * after.first
-        endless = vanished & (_tree.norm(after.vector) > _tree.norm(state.vector))
-        reached = jnp.where(endless, jnp.int32(Outcome.UNBOUNDED), jnp.int32(Outcome.MAX_STEPS))
-        return after._replace(status=jnp.where(capped, reached, after.status))
 
-    def _look(self, state: FitState) -> _Look:
+    def _look(self, state: FitState) -> Look:
         point = self.residuals.point(state.vector)
         loss = loss_of_points(self.residuals)
         scale = unit_of(point.residuals, loss)
         slope = in_units(loss, scale).gradient(point.residuals / scale)
         gradient = point.linearisation.vjp(slope)
-        blocked = (state.vector <= self.lower) & (gradient > 0) | (state.vector >= self.upper) & (gradient < 0)
-        free = ~jnp.asarray(self.frozen) & ~blocked
-        columns = jnp.where(free, point.columns, jnp.zeros_like(point.columns))
+        look, inverse = self._look_along(state, scale, point.columns, gradient, _or_one(_tree.norm(slope)))
+        problem = scaled_problem(point, loss, scale, inverse)
+        finite = look.finite & _tree.all_finite(gradient)
+        return look._replace(problem=problem, objective=problem.objective, finite=finite)
+
+    def _look_along(
+        self, state: FitState, scale: Scalar, columns: jax.Array, gradient: jax.Array, slope: Scalar | float
+    ) -> tuple[Look, jax.Array]:
+        """What the columns of the Jacobian and the gradient tell, and the inverse of the metric."""
+        free = ~jnp.asarray(self.frozen) & ~self.box.holds(state.vector, gradient)
+        running = jnp.maximum(state.metric, columns)
+        finite = jnp.isfinite(scale) & jnp.isfinite(jnp.max(columns, initial=0.0))
+        columns = jnp.where(free, columns, jnp.zeros_like(columns))
         largest = _or_one(jnp.max(columns, initial=0.0))
         smallest = jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf)
         # Next to the largest column's square, that of one below the root of rounding would be lost.
         lost = (state.steps == 0) & (smallest < jnp.finfo(largest.dtype).eps ** 0.5 * largest)
         scaled = state.scaled | lost if self.scaling is None else state.scaled
-        running = jnp.maximum(state.metric, point.columns)
         metric = jnp.where(scaled & (running > 0), running, largest)
         inverse = jnp.where(free, 1 / metric, jnp.zeros_like(metric))
-        cosines = jnp.abs(gradient) / _or_one(columns) / _or_one(_tree.norm(slope))
+        cosines = jnp.abs(gradient) / _or_one(columns) / slope
         # The damping of an unscaled metric is a multiple of the largest column's square, which has changed.
         drift = jnp.where((state.reference > 0) & ~scaled, state.reference / largest, jnp.ones_like(largest))
         multiple = jnp.clip(state.damping.multiple * drift * drift, POLICY.minimum, POLICY.maximum)
-        return _Look(
-            point=point,
+        look = Look(
             scale=scale,
-            problem=scaled_problem(point, loss, scale, inverse),
+            objective=jnp.full_like(scale, 0.5),
+            problem=None,
             scaled=scaled,
             metric=jnp.where(scaled, running, state.metric),
             stretch=scale * inverse,
@@ -227,26 +245,17 @@ class FitLoop:
             cosine=jnp.max(jnp.where(columns > 0, cosines, jnp.zeros_like(cosines)), initial=0.0),
             damping=state.damping._replace(multiple=multiple),
             reference=largest,
+            finite=finite,
             uneven=smallest < EVEN * largest,
-            finite=jnp.isfinite(scale) & _tree.all_finite((gradient, point.columns)),
         )
+        return look, inverse
 
-    def _moved(self, vector: jax.Array, step: jax.Array) -> jax.Array:
-        end = jnp.clip(vector + step, self.lower, self.upper)
-        # Onto a bound, not within rounding of it: what is held there no longer takes part in the steps.
-        rounding = 4 * jnp.finfo(end.dtype).eps * (jnp.abs(vector) + jnp.abs(end))
-        end = jnp.where((step < 0) & (end - self.lower <= rounding), self.lower, end)
-        return jnp.where((step > 0) & (self.upper - end <= rounding), self.upper, end)
-
-    def _adjusted(self, state: FitState, look: _Look, step: jax.Array, damping: Scalar) -> jax.Array:
+    def _adjusted(self, state: FitState, look: Look, step: jax.Array, damping: Scalar) -> jax.Array:
         if self.acceleration:
             step = self._bent(state, look, step, damping)
-        inside = self._moved(state.vector, look.stretch * step) - state.vector
-        within = vector_fits(state.vector, look.stretch * step, self.lower, self.upper)
-        shortened = inside / jnp.where(look.stretch > 0, look.stretch, jnp.ones_like(look.stretch))
-        return jnp.where(within, step, jnp.where(look.stretch > 0, shortened, jnp.zeros_like(step)))
+        return self.box.shortened(state.vector, step, look.stretch)
 
-    def _bent(self, state: FitState, look: _Look, step: jax.Array, damping: Scalar) -> jax.Array:
+    def _bent(self, state: FitState, look: Look, step: jax.Array, damping: Scalar) -> jax.Array:
         """The step and half its acceleration, if that is the smaller part of it."""
         problem, velocity = look.problem, look.stretch * step
         if self.residuals.compressed:
@@ -261,28 +270,28 @@ class FitLoop:
         small = 2 * _tree.norm(found.step) <= BENT * _tree.norm(step)
         return jnp.where(small & _tree.all_finite(found.step), step + 0.5 * found.step, step)
 
-    def _arrived(self, look: _Look) -> Count:
+    def _arrived(self, look: Look) -> Count:
         """The outcome if there is nothing to do at a point, or ``RUNNING``."""
         atol = jnp.asarray(self.atol, look.scale.dtype)
-        nothing = (look.problem.objective == 0) | (look.cosine <= _square(self.rtol, look.scale))
-        close = look.scale * jnp.sqrt(2 * look.problem.objective) <= atol
-        return _first(
-            [(~look.finite, Outcome.NON_FINITE), (close & (atol > 0), Outcome.RESIDUALS), (nothing, Outcome.GRADIENT)]
+        nothing = (look.objective == 0) | (look.cosine <= _square(self.rtol, look.scale))
+        close = look.scale * jnp.sqrt(2 * look.objective) <= atol
+        return first_that_holds(
+            [(~look.finite, Outcome.NON_FINITE), (close & (atol > 0), Outcome.RESIDUALS), (nothing, Outcome.GRADIENT)],
+            RUNNING,
         )
 
-    def _converged(self, state: FitState, look: _Look, last: Attempt, learnt: DampingState, moved: jax.Array) -> Count:
+    def _converged(self, state: FitState, look: Look, last: Attempt, learnt: DampingState, moved: jax.Array) -> Count:
         """The outcome of a step, or ``RUNNING``."""
-        trial, objective = last.trial, look.problem.objective
+        trial, objective = last.trial, look.objective
         # Of the cost, to second order, a relative accuracy of the parameters is the square.
         bound = jnp.maximum(_square(self.rtol, objective), 8 * jnp.finfo(objective.dtype).eps) * objective
         level = (jnp.abs(trial.actual) <= bound) & (trial.predicted <= bound) & (trial.gain_ratio <= 2)
         level = (level & trial.accepted) | ~trial.informative
         columns = jnp.where(look.columns > 0, look.columns, jnp.zeros_like(look.columns))
-        length = _tree.norm(columns * (moved - state.vector))
-        short = length <= jnp.asarray(self.rtol, length.dtype) * _tree.norm(columns * state.vector)
+        length, extent = norms(jnp.stack([columns * (moved - state.vector), columns * state.vector], axis=1))
+        short = length <= jnp.asarray(self.rtol, length.dtype) * extent
         # A step that a bound has just cut short says nothing of the parameters that are left.
-        landed = (moved != state.vector) & ((moved <= self.lower) | (moved >= self.upper))
-        whole = ~jnp.any(landed) | (last.trial.refusal == Refusal.ROUNDING)
+        whole = ~self.box.stops(state.vector, moved) | (trial.refusal == Refusal.ROUNDING)
         level, short = level & whole, short & whole
         held = last.damping > 1
         far = jnp.finfo(objective.dtype).eps ** 0.25  # a gradient with a larger cosine is no rounding
@@ -291,38 +300,42 @@ class FitLoop:
         idle = short | ~trial.informative | (learnt.multiple >= POLICY.maximum)
         useless = ~trial.accepted | ~trial.informative
         stuck = useless & (look.cosine > far) & large & held & idle & whole
-        return _first(
+        return first_that_holds(
             [
                 (stuck, Outcome.STALLED),
                 (level, Outcome.COST),
                 (short & (trial.accepted | trial.too_long), Outcome.STEP),
                 (learnt.multiple >= POLICY.maximum, Outcome.COST),
-            ]
+            ],
+            RUNNING,
         )
 
-    def _in_other_metric(self, state: FitState, left: Scalar, able: Flag) -> FitState:
+    def _at_an_end(self, state: FitState, before: jax.Array, vector: jax.Array) -> FitState:
+        """What becomes of a fit that would end after a step, or has reached the cap on steps."""
+        if self.scaling is None and self.residuals.dense:
+            state = self._in_other_metric(state)
+        capped = (state.status == RUNNING) & (state.steps >= self.max_steps)
+        # Nothing is left, and still the parameters grow: nowhere else can this be told from a fit that began far away.
+        vanished = state.left <= jnp.finfo(state.left.dtype).eps * state.first
+        endless = vanished & (_tree.norm(vector) > _tree.norm(before))
+        reached = jnp.where(endless, jnp.int32(Outcome.UNBOUNDED), jnp.int32(Outcome.MAX_STEPS))
+        return state._replace(status=jnp.where(capped, reached, state.status))
+
+    def _in_other_metric(self, state: FitState) -> FitState:
         """Goes on in the other metric where a fit would end, unless neither finds anything any more."""
-        if self.scaling is not None or not self.residuals.dense:
-            return state
-        gained = left < state.entered * (1 - WORTHWHILE)
-        again = (
-            (state.status != RUNNING) & able & (left > 0) & ((state.changes == 0) | gained & (state.changes < CHANGES))
-        )
-        scaled = state.scaled ^ again
+        gained = state.left < state.entered * (1 - WORTHWHILE)
+        again = (state.status != RUNNING) & state.able & (state.left > 0)
+        again = again & ((state.changes == 0) | gained & (state.changes < CHANGES))
         fresh = state._replace(
-            scaled=scaled,
+            scaled=~state.scaled,
             metric=jnp.zeros_like(state.metric),
             reference=jnp.zeros_like(state.reference),
-            damping=POLICY.init(state.vector.dtype),
+            damping=POLICY.init(state.left.dtype),
+            entered=state.left,
             changes=state.changes + 1,
             status=jnp.full_like(state.status, RUNNING),
         )
         return _tree.where(again, fresh, state)
-
-
-def vector_fits(vector: jax.Array, step: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    """Where a step stays within bounds."""
-    return (vector + step >= lower) & (vector + step <= upper)
 
 
 def _or_one(size: jax.Array) -> jax.Array:
@@ -331,7 +344,3 @@ def _or_one(size: jax.Array) -> jax.Array:
 
 def _square(number: Any, like: Scalar) -> Scalar:
     return jnp.square(jnp.asarray(number, like.dtype))
-
-
-def _first(cases: list[tuple[Flag, Outcome]]) -> Count:
-    return jnp.select([flag for flag, _ in cases], [jnp.int32(code) for _, code in cases], jnp.int32(RUNNING))

@@ -24,7 +24,7 @@ from gn_linear._batch import (
     whole_model,
 )
 from gn_linear._linearise import merge_batches, over_batches
-from gn_linear._refusal import ADVICE, Refusal, first_reason
+from gn_linear._refusal import ADVICE, Refusal, first_that_holds
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Number, Params, Predict, Scalar, check_number, shown
 from gn_linear._xla_cpu import fence
@@ -282,7 +282,7 @@ class _GaussNewton:
             state.scale > 0, lambda: state.scale, lambda: curvature_scale(curved, rhs).astype(state.scale.dtype)
         )
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
-        hopeless = first_reason(
+        hopeless = first_that_holds(
             [
                 (~same_model, Refusal.STATE),
                 (~jnp.isfinite(problem.objective), Refusal.OBJECTIVE),

@@ -35,7 +35,7 @@ def jacobian(predict: Predict, params: Params, inputs: Inputs, linearisation: Li
     outputs = linearisation.outputs
     lengths = _lengths(predict, params, inputs, outputs)
     if not lengths:
-        return _rows_of_batch(params, linearisation)
+        return of_batch(params, linearisation)
     found = {length: iter(_rows_by_example(predict, params, inputs, outputs, length)) for length in lengths}
     blocks = [next(found[leaf.shape[0]]) for leaf in jax.tree.leaves(outputs)]
     wide = [_tree.whole(block) for block in blocks]
@@ -121,8 +121,8 @@ def _rows(model: Callable[[Params], list[jax.Array]], params: Params) -> list[ja
     return [jax.vmap(lambda unit, i=i: pulled(i, unit))(rows) for i, rows in enumerate(units)]
 
 
-def _rows_of_batch(params: Params, linearisation: Linearisation) -> jax.Array:
-    """Row by row through the whole batch, or column by column where there are fewer parameters."""
+def of_batch(params: Params, linearisation: Linearisation) -> jax.Array:
+    """The Jacobian row by row through the whole batch, or column by column where there are fewer parameters."""
     leaves, structure = jax.tree.flatten(linearisation.outputs)
     ends = np.cumsum([leaf.size for leaf in leaves])
     size = int(ends[-1]) if leaves else 0
@@ -130,12 +130,7 @@ def _rows_of_batch(params: Params, linearisation: Linearisation) -> jax.Array:
 
     if count < size:
         units = jnp.eye(count, dtype=dtype)
-        columns = jax.lax.map(
-            lambda unit: _tree.flatten(linearisation.jvp(_tree.unflatten(unit, params)), dtype),
-            units,
-            batch_size=min(ROWS_AT_ONCE, max(count, 1)),
-        )
-        return columns.T
+        return _mapped(lambda unit: _tree.flatten(linearisation.jvp(_tree.unflatten(unit, params)), dtype), units).T
 
     def row(index: jax.Array) -> jax.Array:
         parts = [
@@ -144,4 +139,11 @@ def _rows_of_batch(params: Params, linearisation: Linearisation) -> jax.Array:
         ]
         return _tree.flatten(linearisation.vjp(jax.tree.unflatten(structure, parts)), dtype)
 
-    return jax.lax.map(row, jnp.arange(size), batch_size=min(ROWS_AT_ONCE, max(size, 1)))
+    return _mapped(row, jnp.arange(size))
+
+
+def _mapped(function: Callable[[jax.Array], jax.Array], units: jax.Array) -> jax.Array:
+    """A function of each unit, of a few at once; without a loop if that is all."""
+    if len(units) <= ROWS_AT_ONCE:
+        return jax.vmap(function)(units)
+    return jax.lax.map(function, units, batch_size=ROWS_AT_ONCE)

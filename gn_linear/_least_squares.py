@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gn_linear import _tree
+from gn_linear._box import Box
 from gn_linear._fit_loop import FitLoop
 from gn_linear._implicit import implicit_root
 from gn_linear._options import Options, frozen_mask, spread
 from gn_linear._residuals import Residuals, loss_of_points, parameter_count
 from gn_linear._solution import Solution
+from gn_linear._triangle_loop import PARAMETERS, TriangleLoop
 from gn_linear._typing import Number, Params, check_count, check_number, shown
 from gn_linear.losses import squared_error
 from gn_linear.solvers import CG, QR, Cholesky, Solver
@@ -187,11 +189,12 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
     lower, upper = jnp.where(frozen, -jnp.inf, lower), jnp.where(frozen, jnp.inf, upper)
     accuracy = jnp.finfo(dtype).eps ** 0.5 if rtol is None else rtol
     fixed = jax.lax.stop_gradient
-    loop = FitLoop(
+    box = Box(None if options.lower is None and options.upper is None else (lower, upper))
+    kind = TriangleLoop if _has_triangle(request, solver, parameter_count(params)) else FitLoop
+    loop = kind(
         residuals=residuals,
         solver=solver,
-        lower=lower,
-        upper=upper,
+        box=box,
         frozen=frozen,
         scaling=options.scaling,
         acceleration=options.acceleration,
@@ -209,9 +212,9 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
         return jax.grad(lambda v: residuals.value(v, jnp.ones([], dtype)))(vector)
 
     def stationary(vector: jax.Array) -> jax.Array:
-        slope, here = gradient(vector), fixed(vector)
-        low, high = (here <= lower) & (fixed(slope) > 0), (here >= upper) & (fixed(slope) < 0)
-        held = jnp.where(low, vector - lower, jnp.where(high, vector - upper, slope))
+        slope = gradient(vector)
+        bound = jnp.where(slope > 0, lower, upper)
+        held = jnp.where(box.holds(fixed(vector), fixed(slope)), vector - bound, slope)
         return jnp.where(frozen, vector - start, held)
 
     vector, counts = implicit_root(stationary, start, solve)
@@ -219,26 +222,31 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
         residuals,
         vector,
         fixed(counts).astype(jnp.int32),
-        (lower, upper),
+        box,
         frozen,
         (count, f"{type(solver).__name__}, {why}"),
     )
+
+
+def _has_triangle(request: _Request, chosen: Solver, parameters: int) -> bool:
+    """Whether a point is no more than the triangle of its Jacobian and residuals."""
+    small = request.solver is None and isinstance(chosen, QR) and parameters <= PARAMETERS
+    return small and request.options.loss is None and not request.options.acceleration
 
 
 def _solution(
     residuals: Residuals,
     vector: jax.Array,
     counts: jax.Array,
-    bounds: tuple[jax.Array, jax.Array],
+    box: Box,
     frozen: np.ndarray,
     static: tuple[int, str],
 ) -> Solution:
     """All that is known at the end of a fit."""
-    lower, upper = bounds
     unit = jnp.ones([], vector.dtype)
     cost = residuals.value(vector, unit)
     slope = jax.grad(lambda v: residuals.value(v, unit))(vector)
-    held = ((vector <= lower) & (slope > 0) | (vector >= upper) & (slope < 0)) & ~frozen
+    held = box.holds(vector, slope) & ~frozen
     matrix = None
     if residuals.dense:
         point = residuals.point(vector)

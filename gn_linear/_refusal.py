@@ -1,6 +1,7 @@
 """Why a step was refused: the codes that ``gnl.info`` carries, and their meaning in words."""
 
 import enum
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ ADVICE = {
 """Each code in words, with what to do about it."""
 
 
-def first_reason(cases: list[tuple[Flag, Refusal]], otherwise: Refusal) -> jax.Array:
+def first_that_holds(cases: Sequence[tuple[Flag, enum.IntEnum]], otherwise: int) -> jax.Array:
     """The code of the first condition that holds.
 
     Args:
@@ -80,5 +81,7 @@ def first_reason(cases: list[tuple[Flag, Refusal]], otherwise: Refusal) -> jax.A
     Returns:
         The code, shape ().
     """
-    conditions = [condition for condition, _ in cases]
-    return jnp.select(conditions, [jnp.int32(reason) for _, reason in cases], jnp.int32(otherwise))
+    code = jnp.int32(otherwise)
+    for condition, reason in reversed(cases):  # jnp.select would search for the first, in an operation of its own
+        code = jnp.where(condition, jnp.int32(reason), code)
+    return code

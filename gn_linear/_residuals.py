@@ -88,6 +88,10 @@ class Residuals:
         pieces = self._pieces(vector)
         return jnp.sum(jax.lax.map(lambda piece: loss((self._of_piece(vector, piece) / scale)[None]), pieces))
 
+    def size(self, vector: jax.Array) -> Scalar:
+        """The norm of all residuals."""
+        return _tree.norm(self.vector(vector))
+
     def point(self, vector: jax.Array) -> Point:
         """The residuals at a vector of parameters, linearised."""
         if self.dense and self.chunks is not None:
@@ -98,13 +102,22 @@ class Residuals:
 
         lin = linearise(predict, vector, ())
         matrix = _jacobian.jacobian(predict, vector, (), lin) if self.dense else None
-        columns = _norms(matrix) if matrix is not None else _estimated(lin)
+        columns = norms(matrix) if matrix is not None else _estimated(lin)
         residuals = lin.outputs
 
         def value(scale: Scalar) -> Scalar:
             return in_units(self.loss, scale)(residuals / scale)
 
         return Point(residuals, value, lin if matrix is None else _by_matrix(residuals, matrix), matrix, columns)
+
+    def triangle(self, vector: jax.Array) -> jax.Array:
+        """R of the QR factorisation of ``[J r]``, or this itself where it is no longer."""
+        if self.chunks is not None:
+            return self._triangle_of_chunks(vector)
+        lin = linearise(lambda v, _: self.vector(v)[None], vector, ())
+        matrix = _jacobian.of_batch(vector, lin)
+        rows = jnp.concatenate([matrix, lin.outputs[0][:, None]], axis=1)
+        return rows if rows.shape[0] <= rows.shape[1] else jnp.linalg.qr(rows, mode="r")
 
     def bend(self, vector: jax.Array, velocity: jax.Array, scale: Scalar) -> jax.Array:
         """The gradient ``J^T H r'' / scale`` of the second derivative along a velocity, chunk by chunk."""
@@ -130,7 +143,12 @@ class Residuals:
         return _weighted(self.fn(_tree.unflatten(vector, self.like), chunk, *self.args), weights, vector.dtype)
 
     def _compressed(self, vector: jax.Array) -> Point:
-        """The triangle of ``[J r]``, chunk by chunk: the same problem with P + 1 residuals, and no squares."""
+        """The same problem with P + 1 residuals, and no squares."""
+        triangle = self._triangle_of_chunks(vector)
+        residuals, matrix = triangle[None, :, -1], triangle[:, :-1]
+        return Point(residuals, lambda s: self.value(vector, s), _by_matrix(residuals, matrix), matrix, norms(matrix))
+
+    def _triangle_of_chunks(self, vector: jax.Array) -> jax.Array:
         size = len(vector)
 
         def add(triangle: jax.Array, piece: Any) -> tuple[jax.Array, None]:
@@ -143,9 +161,7 @@ class Residuals:
             return jnp.linalg.qr(jnp.concatenate([triangle, block]), mode="r"), None
 
         empty = jnp.zeros([size + 1, size + 1], vector.dtype)
-        triangle, _ = jax.lax.scan(add, empty, self._pieces(vector))
-        residuals, matrix = triangle[None, :, size], triangle[:, :size]
-        return Point(residuals, lambda s: self.value(vector, s), _by_matrix(residuals, matrix), matrix, _norms(matrix))
+        return jax.lax.scan(add, empty, self._pieces(vector))[0]
 
     @property
     def compressed(self) -> bool:
@@ -239,7 +255,7 @@ def _by_matrix(outputs: jax.Array, matrix: jax.Array) -> Linearisation:
     return Linearisation(outputs, push, pull)
 
 
-def _norms(matrix: jax.Array) -> jax.Array:
+def norms(matrix: jax.Array) -> jax.Array:
     """Norms of the columns, free of overflow and underflow of the squares."""
     largest = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
@@ -250,7 +266,7 @@ def _estimated(lin: Linearisation) -> jax.Array:
     """Norms of the columns without a Jacobian: those of random combinations of its rows, within a factor of about 2."""
     shape, dtype = (PROBES, *lin.outputs.shape), lin.outputs.dtype
     probes = jax.random.normal(jax.random.key(0), shape, dtype)  # always the same, so that a fit can be repeated
-    return _norms(jax.lax.map(lin.vjp, probes)) / jnp.asarray(PROBES**0.5, dtype)
+    return norms(jax.lax.map(lin.vjp, probes)) / jnp.asarray(PROBES**0.5, dtype)
 
 
 def parameter_count(params: Params) -> int:

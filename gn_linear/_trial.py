@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from gn_linear import _tree
-from gn_linear._refusal import Refusal, first_reason
+from gn_linear._refusal import Refusal, first_that_holds
 from gn_linear._typing import Count, Flag, Params, Scalar
-from gn_linear.curvature import LinearisedProblem
+from gn_linear.curvature import LinearisedProblem, Reductions
 from gn_linear.damping import DampingState, Path, Policy
 from gn_linear.solvers import Result, Solver, Status
 
@@ -121,7 +121,7 @@ class Search:
             return first, damping
         if self.solver.cheap_again:
             return self._with_more_damping(first, damping)
-        return self._shortened(first), self._learnt(damping, first.trial)
+        return self._shortened(first), learnt(self.policy, damping, first.trial)
 
     def _attempt(self, damping: Scalar) -> Attempt:
         mu = damping.astype(self.rate.dtype)
@@ -148,10 +148,6 @@ class Search:
         reached = self.objective(optax.apply_updates(self.problem.params, emitted))
         trial = judge(self.problem, self.rhs, emitted, reached, self.policy.adaptive, image)
         return trial._replace(refusal=jnp.where(lost, reason, trial.refusal), informative=trial.informative | lost)
-
-    def _learnt(self, damping: DampingState, trial: Trial) -> DampingState:
-        learnt = self.policy.update(damping, trial.gain_ratio, trial.accepted)
-        return _tree.where(trial.informative, learnt, self.policy.relax(damping))
 
     def _shortened(self, first: Attempt) -> Attempt:
         """Halve a finite step that raises the objective until it lowers it, at a trial evaluation each.
@@ -192,7 +188,7 @@ class Search:
             (jnp.zeros([], jnp.int32), first, damping),
         )
         last = last._replace(evaluations=1 + retries)
-        return last, self._learnt(damping, last.trial)
+        return last, learnt(self.policy, damping, last.trial)
 
     def _best_of_path(self, damping: DampingState, path: Path) -> tuple[Attempt, DampingState]:
         """Try all dampings of the path side by side; the one with the lowest objective is the step."""
@@ -202,8 +198,23 @@ class Search:
         # Where none is accepted, the one with the most damping says why, and is halved.
         best = jnp.where(jnp.any(accepted), jnp.argmax(gains), path.most)
         chosen = jax.tree.map(lambda x: x[best], attempts)._replace(evaluations=jnp.int32(len(path.factors)))
-        learnt = path.moved(damping, best, chosen.trial.accepted)
-        return self._shortened(chosen), _tree.where(chosen.trial.informative, learnt, path.relax(damping))
+        moved = path.moved(damping, best, chosen.trial.accepted)
+        return self._shortened(chosen), _tree.where(chosen.trial.informative, moved, path.relax(damping))
+
+
+def learnt(policy: Policy, damping: DampingState, trial: Trial) -> DampingState:
+    """What a policy remembers after a trial.
+
+    Args:
+        policy: the damping policy.
+        damping: its state before.
+        trial: the verdict on the step.
+
+    Returns:
+        Its state after.
+    """
+    new = policy.update(damping, trial.gain_ratio, trial.accepted)
+    return _tree.where(trial.informative, new, policy.relax(damping))
 
 
 def judge(
@@ -222,24 +233,44 @@ def judge(
     Returns:
         The verdict.
     """
-    step = _tree.to_solve(emitted)
-    predicted, rest = problem.reductions(rhs, step, image)
-    actual = _tree.total(problem.objective, -trial_objective, -rest)
+    reductions = problem.reductions(rhs, _tree.to_solve(emitted), image)
+    sound = _tree.all_finite(emitted)
+    return verdict(problem.objective, trial_objective, reductions, problem.sensitivity, sound, adaptive)
+
+
+def verdict(
+    before: Scalar, after: Scalar, reductions: Reductions, sensitivity: Scalar, sound: Flag, adaptive: bool
+) -> Trial:
+    """Compare two values of the objective with what the quadratic model promised.
+
+    Args:
+        before: the objective.
+        after: at the end of the step.
+        reductions: by the model.
+        sensitivity: how much the objective changes by relative changes of the outputs.
+        sound: whether the step is finite.
+        adaptive: whether a step that raises the objective is refused.
+
+    Returns:
+        The verdict.
+    """
+    predicted, rest = reductions
+    actual = _tree.total(before, -after, -rest)
     exact = actual == predicted
     ratio = jnp.where(exact, jnp.ones_like(actual), actual / jnp.where(exact, jnp.ones_like(predicted), predicted))
     # Some roundings of the terms, and of the outputs in them: a change below these cannot be told from none.
-    terms = (problem.objective, trial_objective, rest, problem.sensitivity)
+    terms = (before, after, rest, sensitivity)
     resolution = 4 * jnp.finfo(actual.dtype).eps * _tree.total(*(jnp.abs(term) for term in terms))
     finite = jnp.isfinite(actual) & jnp.isfinite(predicted)
     noise = finite & (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
     worse = (actual < 0) & adaptive
-    refusal = first_reason(
+    refusal = first_that_holds(
         [
-            (~_tree.all_finite(emitted), Refusal.STEP),
+            (~sound, Refusal.STEP),
             (~finite, Refusal.TRIAL),
             (worse & noise, Refusal.ROUNDING),
             (worse, Refusal.INCREASE),
         ],
         Refusal.NONE,
     )
-    return Trial(actual, predicted, ratio, trial_objective, refusal, ~noise)
+    return Trial(actual, predicted, ratio, after, refusal, ~noise)

@@ -28,11 +28,11 @@ class Choice(enum.IntEnum):
     """
 
     GIVEN = 0
-    """The caller."""
+    """By the caller."""
     KRONECKER = 1
-    """The package: at least half of the parameters are weights of matrix products, as far as shapes tell."""
+    """By the package, since at least half of the parameters are weights of matrix products, as far as shapes tell."""
     PLAIN = 2
-    """The package: there are few parameters, or most are not in matrices."""
+    """By the package, since there are few parameters or most are not in matrices."""
 
     @property
     def words(self) -> str:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from gn_linear import _capture, _tree
 from gn_linear._krylov import is_shift, product_rounding
 from gn_linear._typing import Flag, Params, Scalar
-from gn_linear.curvature import LinearisedProblem
+from gn_linear.curvature import LinearisedProblem, output_roots
 
 REFINEMENTS = 3
 """How often a solution is corrected; each costs four products with a matrix like the Jacobian."""
@@ -158,7 +158,7 @@ def _equations(
     rounding = 64 * jnp.finfo(dtype).eps * (_tree.norm(scaled) + _tree.norm(own))
     rest = jnp.where(_tree.norm(rest) <= rounding, jnp.zeros_like(rest), rest)
     weights = _weights(problem, dtype)
-    return Equations(push, pull, *roots(problem, dtype), gradient, rest, weights, consistent(unit)), size
+    return Equations(push, pull, *output_roots(problem, dtype), gradient, rest, weights, consistent(unit)), size
 
 
 def _or_one(size: Scalar) -> Scalar:
@@ -199,22 +199,6 @@ def in_sample_space(problem: LinearisedProblem, in_outputs: bool | None) -> bool
     """
     parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
     return is_shift(problem) and (problem.output_size < parameters if in_outputs is None else in_outputs)
-
-
-def roots(problem: LinearisedProblem, dtype: jax.typing.DTypeLike) -> tuple[Operator, Operator]:
-    """Products with ``B`` and ``B^T`` on raveled outputs; negative curvature of a plain callable counts as none."""
-    outputs, hessian = problem.linearisation.outputs, problem.hessian
-    like = _tree.to_solve(outputs)
-
-    def raveled(product: Callable[[Params], Params], like: Params) -> Operator:
-        return lambda vector: _tree.flatten(product(_tree.unflatten(vector, like)), dtype)
-
-    if hessian.closed_form or isinstance(outputs, jax.Array):
-        return raveled(hessian.root, like), raveled(hessian.root_transpose, like)
-    units = jnp.eye(problem.output_size, dtype=dtype)
-    values, vectors = jnp.linalg.eigh(jax.vmap(raveled(hessian.product, outputs))(units))
-    matrix = vectors * jnp.sqrt(jnp.maximum(values, jnp.zeros_like(values)))
-    return lambda vector: times(matrix, vector), lambda vector: times(matrix.T, vector)
 
 
 def times(matrix: jax.Array, other: jax.Array) -> jax.Array:

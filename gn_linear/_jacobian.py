@@ -15,6 +15,7 @@ import numpy as np
 from gn_linear import _capture, _tree
 from gn_linear._linearise import Linearisation
 from gn_linear._typing import Inputs, Outputs, Params, Predict
+from gn_linear._xla_cpu import in_fast_forms
 
 ROWS_AT_ONCE = 32
 """How many rows of a Jacobian are pulled back together where examples cannot be told apart."""
@@ -111,11 +112,12 @@ def _rows_by_example(
 def _rows(model: Callable[[Params], list[jax.Array]], params: Params) -> list[jax.Array]:
     """The rows of one example, (entries, parameters) for each output."""
     dtype = _tree.scalar_dtype(params)
-    outputs, pull = jax.vjp(model, params)
+    outputs, pullback = jax.vjp(model, params)
+    pull = in_fast_forms(lambda cotangents: pullback(cotangents)[0], outputs)
 
     def pulled(index: int, unit: jax.Array) -> jax.Array:
         parts = [unit.reshape(y.shape) if i == index else jnp.zeros_like(y) for i, y in enumerate(outputs)]
-        return _tree.flatten(pull(parts)[0], dtype)
+        return _tree.flatten(pull(parts), dtype)
 
     units = [jnp.eye(y.size, dtype=y.dtype) for y in outputs]
     return [jax.vmap(lambda unit, i=i: pulled(i, unit))(rows) for i, rows in enumerate(units)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from gn_linear import _tree
 from gn_linear._typing import Inputs, Outputs, Params, Predict, Scalar
-from gn_linear._xla_cpu import fence, with_plain_convolutions
+from gn_linear._xla_cpu import fence, in_fast_forms
 
 
 class Linearisation(NamedTuple):
@@ -70,8 +70,8 @@ def linearise(predict: Predict, params: Params, inputs: Inputs) -> Linearisation
     outputs, jvp = jax.linearize(lambda p: fence(predict(p, inputs)), params)
     _check_outputs(outputs)
     transpose = jax.linear_transpose(jvp, params)
-    vjp = with_plain_convolutions(lambda cotangent: transpose(cotangent)[0], outputs)
-    return Linearisation(outputs, with_plain_convolutions(jvp, params), vjp)
+    vjp = in_fast_forms(lambda cotangent: transpose(cotangent)[0], outputs)
+    return Linearisation(outputs, in_fast_forms(jvp, params), vjp)
 
 
 def linearised(predict: Predict, anchor: Params) -> Predict:

@@ -250,6 +250,35 @@ def linearised_problem(
     )
 
 
+def output_roots(
+    problem: LinearisedProblem, dtype: jax.typing.DTypeLike
+) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+    r"""Products with a square root :math:`B B^T = H` on raveled outputs, and with its transpose.
+
+    Args:
+        problem: the linearised problem.
+        dtype: of the products.
+
+    Returns:
+        ``v -> B v`` and ``v -> B^T v``; negative curvature of a plain callable counts as none.
+    """
+    outputs, hessian = problem.linearisation.outputs, problem.hessian
+    like = _tree.to_solve(outputs)
+
+    def raveled(product: Callable[[Params], Params], like: Params) -> Callable[[jax.Array], jax.Array]:
+        return lambda vector: _tree.flatten(product(_tree.unflatten(vector, like)), dtype)
+
+    if hessian.closed_form or isinstance(outputs, jax.Array):
+        return raveled(hessian.root, like), raveled(hessian.root_transpose, like)
+    units = jnp.eye(problem.output_size, dtype=dtype)
+    values, vectors = jnp.linalg.eigh(jax.vmap(raveled(hessian.product, outputs))(units))
+    matrix = vectors * jnp.sqrt(jnp.maximum(values, jnp.zeros_like(values)))
+    return (
+        lambda vector: jnp.matmul(matrix, vector, precision="highest"),
+        lambda vector: jnp.matmul(matrix.T, vector, precision="highest"),
+    )
+
+
 def curvature_scale(problem: LinearisedProblem, rhs: Params) -> Scalar:
     """The Rayleigh quotient of the curvature along a gradient, bounded below by what the objective suggests.
 

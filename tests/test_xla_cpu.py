@@ -111,11 +111,40 @@ def test_products_of_convolutions(name, monkeypatch):
     assert_close(got, jax.jit(lambda *a: products(*a))(params, tangent), size=x.size)
 
 
-def test_linear_maps_without_convolutions_are_left_alone():
+def laplacian(params, points):
+    """Its derivatives by the points are sums over a few directions, as XLA sees them."""
+    one = lambda point: jnp.tanh(point @ params["a"] + params["c"]) @ params["b"]  # noqa: E731
+    return jax.vmap(lambda point: jnp.trace(jax.hessian(one)(point)))(points)
+
+
+def test_short_sums_are_written_out(monkeypatch):
+    """Sums over the two directions of the plane become additions; sums over all points stay what they are."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"a": (2, 5), "b": (5,), "c": (5,)}
+    params = {name: jax.random.normal(k, shape, "f4") for k, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    points = jax.random.normal(keys[3], (11, 2), "f4")
+
+    def pulled(p):
+        linear = gnl.linearise(laplacian, p, points)
+        return linear.vjp(jnp.cos(linear.outputs))
+
+    def sums():
+        linear = gnl.linearise(laplacian, params, points)
+        found = [e for e in equations(jax.make_jaxpr(linear.vjp)(linear.outputs)) if e.primitive.name == "reduce_sum"]
+        return [tuple(e.invars[0].aval.shape[axis] for axis in e.params["axes"]) for e in found]
+
+    got, left = jax.jit(pulled)(params), sums()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert any(np.prod(lengths) <= 8 for lengths in sums())
+    assert left and all(np.prod(lengths) > 8 for lengths in left)
+    assert_close(got, jax.jit(lambda p: pulled(p))(params), size=points.size)
+
+
+def test_linear_maps_without_slow_forms_are_left_alone():
     def function(x):
         return 2.0 * x
 
-    assert _xla_cpu.with_plain_convolutions(function, jnp.ones(3)) is function
+    assert _xla_cpu.in_fast_forms(function, jnp.ones(3)) is function
 
 
 def test_rewritten_products_in_loops_and_batches():

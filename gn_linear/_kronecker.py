@@ -49,12 +49,44 @@ class Block(NamedTuple):
         return any(swapped and biased for swapped, biased in zip(self.swapped, self.biased, strict=True))
 
 
+class Form(NamedTuple):
+    """How factors are kept: as matrices, or those of wide sides by their diagonals and products with random signs.
+
+    Attributes:
+        widest: the widest side that is kept as a matrix.
+        rank: how many products are kept of the others.
+    """
+
+    widest: int
+    rank: int
+
+    def is_sketch(self, side: jax.Array) -> bool:
+        """Whether a factor is kept by its diagonal, in the first column, and its products, in the others."""
+        return self.sketches(len(side) - 1)
+
+    def sketches(self, width: int) -> bool:
+        """Whether factors of so many rows, without that of the bias, are kept so."""
+        return width > max(self.widest, self.rank)
+
+    def shape(self, width: int) -> tuple[int, int]:
+        """The shape of a factor of so many rows and one more."""
+        return (width + 1, 1 + (self.rank if self.sketches(width) else width))
+
+    def directions(self, side: jax.Array) -> jax.Array:
+        """The signs that a factor is multiplied by, (rows + 1, rank); always the same."""
+        return signs((len(side), self.rank), jnp.uint32(len(side))).astype(side.dtype)
+
+    def trace(self, side: jax.Array) -> jax.Array:
+        """The trace of a factor."""
+        return jnp.sum(side[:, 0]) if self.is_sketch(side) else jnp.trace(side)
+
+
 class Moments(NamedTuple):
     """The factors of a block, each with a last row and column for the bias: zeros on the side that has none.
 
     Attributes:
-        left: (rows + 1, rows + 1); or (rows + 1,) where only its diagonal is kept.
-        right: (columns + 1, columns + 1), or (columns + 1,).
+        left: (rows + 1, rows + 1), or what the ``Form`` keeps of it.
+        right: (columns + 1, columns + 1), likewise.
         rows: examples and positions that were averaged over.
     """
 
@@ -176,7 +208,7 @@ def layers(predict: Predict, params: Params, inputs: Inputs) -> Layers:
 
 
 def moments(
-    found: Layers, params: Params, inputs: Inputs, vectors: Callable[[Any], Any], widest: int
+    found: Layers, params: Params, inputs: Inputs, vectors: Callable[[Any], Any], form: Form
 ) -> tuple[dict[int, Moments], list[jax.Array]]:
     """The factors of a batch, and of all that has none the squares of its derivatives.
 
@@ -186,7 +218,7 @@ def moments(
         inputs: the batch.
         vectors: from the leaves of the outputs to output cotangents like them, with an axis of samples in front, whose
             second moments are the Hessian of the loss.
-        widest: sides of more rows keep their diagonal alone.
+        form: of the factors.
 
     Returns:
         From the numbers of the weights to their factors; and, leaf by leaf, an estimate of the diagonal of the
@@ -207,7 +239,7 @@ def moments(
 
     outputs, pull, recorded = jax.vjp(run, taps, direct, has_aux=True)
     by_taps, gradients = jax.vmap(pull)(vectors(outputs))
-    factors = {k: _moments_of(block, recorded[k], by_taps, widest) for k, block in weights.items()}
+    factors = {k: _moments_of(block, recorded[k], by_taps, form) for k, block in weights.items()}
     squares = [
         jnp.sum(jnp.square(_wide(gradients[k])), axis=0) if k in direct else jnp.zeros(leaf.shape, _wide(leaf).dtype)
         for k, leaf in enumerate(leaves)
@@ -234,7 +266,7 @@ def signs(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     return 1 - 2 * (bits >> 31).astype(jnp.int32).reshape(shape)
 
 
-def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any], widest: int) -> Moments:
+def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any], form: Form) -> Moments:
     """The factors of a block over all its uses.
 
     A sum of Kronecker products is none: each is balanced (both factors of equal trace), and the product of the sums
@@ -244,7 +276,7 @@ def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any]
         block: the weight.
         recorded: what it multiplies, for each use.
         by_taps: cotangents of the results of its steps.
-        widest: sides of more rows keep their diagonal alone.
+        form: of the factors.
 
     Returns:
         The factors; of a single use as they are.
@@ -253,8 +285,8 @@ def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any]
     for use, activation, swapped, biased in zip(block.uses, recorded, block.swapped, block.biased, strict=True):
         cotangent = _tree.whole(jax.vmap(use.cotangent)(by_taps[use.step]))
         extended = jnp.pad(activation, ((0, 0), (0, 1)), constant_values=biased)
-        contracted = _moment(extended, widest) / max(len(activation), 1)
-        free = _moment(jnp.pad(cotangent.reshape(-1, cotangent.shape[-1]), ((0, 0), (0, 1))), widest)
+        contracted = _moment(extended, form) / max(len(activation), 1)
+        free = _moment(jnp.pad(cotangent.reshape(-1, cotangent.shape[-1]), ((0, 0), (0, 1))), form)
         sides.append((free, contracted) if swapped else (contracted, free))
         rows += len(activation)
     if len(sides) == 1:
@@ -262,25 +294,22 @@ def _moments_of(block: Block, recorded: list[jax.Array], by_taps: dict[int, Any]
         return Moments(left, right, rows)
     balanced = []
     for left, right in sides:
-        tall, wide = _trace(left), _trace(right)
+        tall, wide = form.trace(left), form.trace(right)
         ratio = jnp.sqrt(jnp.where((tall > 0) & (wide > 0), wide / jnp.where(tall > 0, tall, 1), 1))
         balanced.append((left * ratio, right / jnp.where(ratio > 0, ratio, 1), tall * wide))
     left, right = (functools.reduce(jnp.add, [side[k] for side in balanced]) for k in (0, 1))
     whole = functools.reduce(jnp.add, [side[2] for side in balanced])
-    both = _trace(left) * _trace(right)
+    both = form.trace(left) * form.trace(right)
     return Moments(left, right * jnp.where(both > 0, whole / jnp.where(both > 0, both, 1), 0), rows)
 
 
-def _moment(rows: jax.Array, widest: int) -> jax.Array:
-    """The sum of outer products of rows, or of their squares."""
+def _moment(rows: jax.Array, form: Form) -> jax.Array:
+    """The sum of outer products of rows."""
     rows = _tree.whole(_wide(rows))
-    if rows.shape[1] - 1 > widest:
-        return jnp.sum(jnp.square(rows), axis=0)
-    return rows.T @ rows
-
-
-def _trace(side: jax.Array) -> jax.Array:
-    return jnp.sum(side) if side.ndim == 1 else jnp.trace(side)
+    if not form.is_sketch(rows.T):
+        return rows.T @ rows
+    diagonal = jnp.sum(jnp.square(rows), axis=0)
+    return jnp.concatenate([diagonal[:, None], rows.T @ (rows @ form.directions(rows.T))], axis=1)
 
 
 def _wide(x: jax.Array) -> jax.Array:

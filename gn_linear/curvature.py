@@ -173,7 +173,7 @@ class LinearisedProblem:
         return _kronecker.layers(self.predict, self.params, self.inputs)
 
     def moments(
-        self, seed: jax.Array, samples: int, widest: int
+        self, seed: jax.Array, samples: int, form: _kronecker.Form
     ) -> tuple[dict[int, _kronecker.Moments], list[jax.Array]]:
         r"""Kronecker factors of the undamped matrix without the penalty, from random signs.
 
@@ -182,7 +182,7 @@ class LinearisedProblem:
         Args:
             seed: an unsigned integer that no other step has.
             samples: how many sign vectors to average over; one backward pass each.
-            widest: factors of more rows keep their diagonal alone.
+            form: of the factors.
 
         Returns:
             Factors by the number of their weight, and the diagonal of what has none, as ``_kronecker.moments`` does.
@@ -197,7 +197,7 @@ class LinearisedProblem:
             roots = jax.vmap(self.hessian.root)(jax.tree.unflatten(structure, signs))
             return [x / math.sqrt(samples) for x in jax.tree.leaves(roots)]
 
-        return _kronecker.moments(self.layers, self.params, self.inputs, vectors, widest)
+        return _kronecker.moments(self.layers, self.params, self.inputs, vectors, form)
 
     @property
     def sensitivity(self) -> Scalar:

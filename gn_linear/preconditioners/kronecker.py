@@ -9,19 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from gn_linear import _kronecker, _tree
+from gn_linear._inverse import inverse
 from gn_linear._typing import Count, Number, Params, Scalar, check_count, check_number
 from gn_linear.curvature import LinearisedProblem, l2_times
 from gn_linear.preconditioners._interface import Preconditioner
 
 _SLOWEST = 20  # steps between two refreshes at most
 _SHARE = 2.2  # gradients that refreshes may cost in each step
+_SKETCH_ROUNDINGS = 8
 _INVERSION = 6  # operations of an inversion, in cubes of the width: fewer, but slower than those of a product
 
 
 class Sides(NamedTuple):
-    """Two factors of a weight, or their inverses: (rows + 1, rows + 1) and (columns + 1, columns + 1).
+    r"""Two factors of a weight, or their inverses: (rows + 1, rows + 1) and (columns + 1, columns + 1).
 
-    The last row and column belong to the bias of the layer. A side of more than ``widest`` rows is a diagonal.
+    The last row and column belong to the bias of the layer. Of a side of more than ``widest`` rows there is the
+    diagonal and a product with signs, :math:`(\operatorname{diag} A, A \Omega)`; of its inverse, :math:`I / s - Y Z^\top`,
+    a column of :math:`1 / s`, Y and Z.
     """
 
     left: jax.Array
@@ -61,7 +65,9 @@ class Kronecker(Preconditioner):
     with the inputs :math:`a` of the layer, extended by 1 for its bias, and the cotangents :math:`b` of its results,
     pulled back from random signs through a square root of the loss's Hessian (exact for one output). The network is
     not registered: its trace tells where each weight enters. What enters in no matrix product or convolution alone has
-    its diagonal instead, as has a side wider than ``widest``. The averages forget as fast as the batches allow: a batch
+    its diagonal instead. Factors wider than ``widest`` are known by their products with as many random signs as
+    ``rank`` says, :math:`A \approx A \Omega (\Omega^\top A \Omega)^{-1} \Omega^\top A`, and the rest of their trace is
+    spread evenly, so that nothing of the cube of a width is ever computed. The averages forget as fast as the batches allow: a batch
     of r rows weighs :math:`r / (r + \mathrm{memory} \cdot \mathrm{width})`.
 
     Attributes:
@@ -70,6 +76,7 @@ class Kronecker(Preconditioner):
         every: steps between two refreshes; None takes as many as it needs for refreshes to cost about two gradients a
             step, 20 at most and fewer in the first steps; static.
         widest: the widest factor that is kept as a matrix; static.
+        rank: of the approximation of wider ones; static.
         seed: of the signs; static.
 
     Raises:
@@ -82,13 +89,15 @@ class Kronecker(Preconditioner):
 
     References:
         Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature, sections 3
-        and 6.3; Grosse and Martens (2016), A Kronecker-factored approximate Fisher matrix for convolution layers.
+        and 6.3; Grosse and Martens (2016), A Kronecker-factored approximate Fisher matrix for convolution layers; Tropp
+        et al. (2017), Fixed-rank approximation of a positive-semidefinite matrix from streaming data.
     """
 
     samples: int = dataclasses.field(default=1, metadata={"static": True})
     memory: Number = 1.0
     every: int | None = dataclasses.field(default=None, metadata={"static": True})
-    widest: int = dataclasses.field(default=2048, metadata={"static": True})
+    widest: int = dataclasses.field(default=128, metadata={"static": True})
+    rank: int = dataclasses.field(default=64, metadata={"static": True})
     seed: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self) -> None:
@@ -97,6 +106,12 @@ class Kronecker(Preconditioner):
         if self.every is not None:
             check_count(self.every, "every")
         check_count(self.widest, "widest", minimum=0)
+        check_count(self.rank, "rank")
+
+    @property
+    def form(self) -> _kronecker.Form:
+        """How factors are kept."""
+        return _kronecker.Form(self.widest, self.rank)
 
     def init(self, params: Params) -> KroneckerState:
         """No curvature seen yet."""
@@ -106,13 +121,16 @@ class Kronecker(Preconditioner):
             if matrix is None:
                 return None
             dtype = _tree.at_least_float32(jnp.result_type(leaf))
-            return Sides(*(jnp.zeros((n + 1,) if n > self.widest else (n + 1, n + 1), dtype) for n in matrix))
+            return Sides(*(jnp.zeros(self.form.shape(n), dtype) for n in matrix))
+
+        def inverted(side: jax.Array) -> jax.Array:
+            return jnp.zeros((len(side), 1 + 2 * self.rank), side.dtype) if self.form.is_sketch(side) else side
 
         leaves = jax.tree.leaves(params)
         factors = tuple(map(sides, leaves))
         zeros = tuple(jnp.zeros([], _tree.at_least_float32(jnp.result_type(leaf))) for leaf in leaves)
         count = jnp.zeros([], jnp.int32)
-        return KroneckerState(factors, factors, _tree.solve_zeros(params), zeros, count, count)
+        return KroneckerState(factors, jax.tree.map(inverted, factors), _tree.solve_zeros(params), zeros, count, count)
 
     def refresh(self, problem: LinearisedProblem, state: KroneckerState) -> KroneckerState:
         """Take in this step's factors if it is time; factors that are not finite are left out."""
@@ -134,10 +152,10 @@ class Kronecker(Preconditioner):
         blocks = problem.layers.blocks
 
         def inverted() -> tuple[Any, ...]:
-            found = list(state.inverses)
-            for k in (block.weight for block in blocks):
-                found[k] = _inverted(state.factors[k], state.penalty[k] + damping.astype(state.penalty[k].dtype))
-            return tuple(found)
+            weights = [block.weight for block in blocks]
+            dampings = [state.penalty[k] + damping.astype(state.penalty[k].dtype) for k in weights]
+            found = dict(zip(weights, _inverted([state.factors[k] for k in weights], dampings, self.form), strict=True))
+            return tuple(found.get(k, old) for k, old in enumerate(state.inverses))
 
         fresh = self._period(problem) == 1
         inverses = inverted() if fresh else jax.lax.cond(state.age == 0, inverted, lambda: state.inverses)
@@ -152,7 +170,7 @@ class Kronecker(Preconditioner):
                 if k not in inside:
                     found[k] = leaf / _positive(diagonals[k] + state.penalty[k] + damping.astype(leaf.dtype))
             for block in blocks:
-                _solve_block(block, inverses[block.weight], leaves, found)
+                _solve_block(block, inverses[block.weight], leaves, found, self.form)
             return jax.tree.unflatten(structure, found)
 
         return apply, state._replace(inverses=inverses)
@@ -167,14 +185,13 @@ class Kronecker(Preconditioner):
             matrix = _kronecker.matrix_shape(leaves[block.weight])
             rows = problem.layers.rows(block)
             for n in matrix or ():
-                if n <= self.widest:
-                    refresh += 2 * rows * n**2 + _INVERSION * n**3
+                refresh += 4 * rows * n * self.rank if self.form.sketches(n) else 2 * rows * n**2 + _INVERSION * n**3
             gradient += 6 * rows * math.prod(leaves[block.weight])
         return min(max(math.ceil((refresh + self.samples * gradient / 2) / max(_SHARE * gradient, 1)), 1), _SLOWEST)
 
     def _refreshed(self, problem: LinearisedProblem, state: KroneckerState) -> KroneckerState:
         seed = jnp.uint32(self.seed) + state.count.astype(jnp.uint32) * jnp.uint32(1013)
-        moments, squares = problem.moments(seed, self.samples, self.widest)
+        moments, squares = problem.moments(seed, self.samples, self.form)
         first = state.count == 0
         usable = _tree.all_finite(([(m.left, m.right) for m in moments.values()], squares))
 
@@ -205,30 +222,42 @@ class Kronecker(Preconditioner):
         )
 
 
-def _inverted(sides: Sides, damping: Scalar) -> Sides:
-    """Both factors with their share of the damping, inverted."""
-    means = [_mean_diagonal(side) for side in sides]
-    root = jnp.sqrt(damping)
-    usable = (means[0] > 0) & (means[1] > 0)
-    ratio = jnp.where(usable, jnp.sqrt(means[0] / jnp.where(usable, means[1], 1)), 1)
-    shares = (root * ratio, root / ratio)
-    return Sides(*(_inverse(side, share, mean) for side, share, mean in zip(sides, shares, means, strict=True)))
+def _inverted(factors: list[Sides], dampings: list[Scalar], form: _kronecker.Form) -> list[Sides]:
+    """Factors with their shares of the damping, inverted; those of one width together, since each is little work."""
+    sides, shifts = [], []
+    for pair, damping in zip(factors, dampings, strict=True):
+        means = [form.trace(side) / max(len(side) - 1, 1) for side in pair]
+        usable = (means[0] > 0) & (means[1] > 0)
+        ratio = jnp.where(usable, jnp.sqrt(means[0] / jnp.where(usable, means[1], 1)), 1)
+        for side, mean, share in zip(pair, means, (ratio, 1 / ratio), strict=True):
+            # Rounding makes factors of smooth activations indefinite by that much.
+            floor = jnp.finfo(side.dtype).eps * len(side) * mean
+            sides.append(side)
+            shifts.append(_positive(jnp.maximum(jnp.sqrt(damping) * share, floor)))
+    found = {k: _inverted_sketch(side, shifts[k], form) for k, side in enumerate(sides) if form.is_sketch(side)}
+    alike: dict[Any, list[int]] = {}
+    for k in (k for k in range(len(sides)) if k not in found):
+        alike.setdefault((len(sides[k]), sides[k].dtype), []).append(k)
+    for (width, dtype), members in alike.items():
+        shifted = [sides[k] + shifts[k] * jnp.eye(width, dtype=dtype) for k in members]
+        found.update(zip(members, inverse(jnp.stack(shifted)), strict=True))
+    return [Sides(found[k], found[k + 1]) for k in range(0, len(sides), 2)]
 
 
-def _mean_diagonal(side: jax.Array) -> Scalar:
-    return (jnp.sum(side) if side.ndim == 1 else jnp.trace(side)) / max(len(side) - 1, 1)
-
-
-def _inverse(side: jax.Array, damping: Scalar, mean: Scalar) -> jax.Array:
-    # Rounding makes factors of smooth activations indefinite by that much.
-    floor = jnp.finfo(side.dtype).eps * len(side) * mean
-    shift = _positive(jnp.maximum(damping, floor))
-    if side.ndim == 1:
-        return 1 / (side + shift)
-    eye = jnp.eye(len(side), dtype=side.dtype)
-    lower = jnp.linalg.cholesky(side + shift * eye, symmetrize_input=False)
-    root = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-    return root.T @ root
+def _inverted_sketch(side: jax.Array, shift: Scalar, form: _kronecker.Form) -> jax.Array:
+    r"""The inverse of :math:`Y C^{-1} Y^\top + s I`, with :math:`Y = A \Omega`, :math:`C = \Omega^\top Y`, by Woodbury."""
+    products, signs = side[:, 1:], form.directions(side)
+    core = jnp.matmul(signs.T, products, precision="highest")
+    rounding = _positive(_SKETCH_ROUNDINGS * jnp.finfo(side.dtype).eps * jnp.trace(core))
+    core = 0.5 * (core + core.T) + rounding * jnp.eye(form.rank, dtype=side.dtype)
+    seen = jnp.sum(products * jnp.matmul(products, inverse(core), precision="highest"))
+    whole = form.trace(side)
+    rest = jnp.maximum(whole - seen, 0) / (len(side) - 1 - form.rank)
+    shift = shift + jnp.maximum(rest, _SKETCH_ROUNDINGS * jnp.finfo(side.dtype).eps * whole)
+    inner = inverse(shift * core + jnp.matmul(products.T, products, precision="highest"))
+    return jnp.concatenate(
+        [jnp.full((len(side), 1), 1 / shift, side.dtype), products, jnp.matmul(products, inner / shift)], axis=1
+    )
 
 
 def _positive(x: jax.Array) -> jax.Array:
@@ -236,7 +265,9 @@ def _positive(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, jnp.ones_like(x))
 
 
-def _solve_block(block: _kronecker.Block, sides: Sides, residual: list[Any], found: list[Any]) -> None:
+def _solve_block(
+    block: _kronecker.Block, sides: Sides, residual: list[Any], found: list[Any], form: _kronecker.Form
+) -> None:
     """Apply both inverses to a weight and its bias, side by side as one matrix."""
     weight = residual[block.weight]
     rows, columns = (len(side) - 1 for side in sides)
@@ -244,9 +275,15 @@ def _solve_block(block: _kronecker.Block, sides: Sides, residual: list[Any], fou
     place = (slice(0, -1), -1) if block.transposed else (-1, slice(0, -1))
     if block.bias is not None:
         matrix = matrix.at[place].set(residual[block.bias].reshape(-1))
-    left, right = sides
-    matrix = left[:, None] * matrix if left.ndim == 1 else left @ matrix
-    matrix = matrix * right if right.ndim == 1 else matrix @ right
+    matrix = _solved(sides.right, _solved(sides.left, matrix, form).T, form).T
     found[block.weight] = matrix[:-1, :-1].reshape(weight.shape)
     if block.bias is not None:
         found[block.bias] = matrix[place].reshape(residual[block.bias].shape)
+
+
+def _solved(side: jax.Array, matrix: jax.Array, form: _kronecker.Form) -> jax.Array:
+    """The product of an inverse with a matrix."""
+    if not form.is_sketch(side):
+        return side @ matrix
+    scale, first, second = side[:, :1], side[:, 1 : 1 + form.rank], side[:, 1 + form.rank :]
+    return scale * matrix - first @ (second.T @ matrix)

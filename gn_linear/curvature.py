@@ -79,13 +79,13 @@ class LinearisedProblem:
 
     def pulled(self, vector: Params, image: Any) -> Params:
         """``G v`` from v and its image."""
-        curved = self.linearisation.vjp(self.hessian.product(image))
-        return _tree.add(_tree.to_solve(curved), l2_times(self.l2, vector))
+        curved = _tree.to_solve(self.linearisation.vjp(self.hessian.product(image)))
+        return curved if _no_penalty(self.l2) else _tree.add(curved, l2_times(self.l2, vector))
 
     def inner(self, vector: Params, image: Any, other: Params, other_image: Any) -> Scalar:
         """``v^T G w`` from two vectors and their images, at no product."""
         curved = _tree.dot(image, self.hessian.product(other_image))
-        return _tree.total(curved, _tree.dot(vector, l2_times(self.l2, other)))
+        return curved if _no_penalty(self.l2) else _tree.total(curved, _tree.dot(vector, l2_times(self.l2, other)))
 
     def reductions(self, rhs: Params, step: Params, image: Any = None) -> Reductions:
         """Predicted reduction of the objective along a step, for any right-hand side.
@@ -99,10 +99,10 @@ class LinearisedProblem:
             The predicted reduction, and the slope of what b holds besides this batch's own gradient.
         """
         tangent = self.image(step) if image is None else image
-        penalty = l2_times(self.l2, step)
-        curvature = _tree.total(_tree.dot(tangent, self.hessian.product(tangent)), _tree.dot(step, penalty))
-        slope = _tree.dot(rhs, step)
-        own = _tree.total(_tree.dot(self.output_gradient, tangent), _tree.dot(_tree.to_solve(self.params), penalty))
+        slope, own = _tree.dot(rhs, step), _tree.dot(self.output_gradient, tangent)
+        if not _no_penalty(self.l2):
+            own = _tree.total(own, _tree.dot(_tree.to_solve(self.params), l2_times(self.l2, step)))
+        curvature = self.inner(step, tangent, step, tangent)
         return Reductions(predicted=-_tree.total(slope, 0.5 * curvature), rest=_tree.total(slope, -own))
 
     def diagonal(self) -> Params:
@@ -325,8 +325,15 @@ def _raveled(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
 
 def penalty(l2: Any, params: Params) -> Scalar:
     """The penalty ``1/2 l2 ||params||^2``, a scalar."""
+    if _no_penalty(l2):
+        return jnp.zeros([], _tree.scalar_dtype(params))
     wide = _tree.to_solve(params)
     return 0.5 * _tree.dot(wide, l2_times(l2, wide))
+
+
+def _no_penalty(l2: Any) -> bool:
+    """Whether there is none, as far as can be told before anything runs; then its sums are not computed."""
+    return isinstance(l2, float | int) and l2 == 0
 
 
 def l2_times(l2: Any, vector: Params) -> Params:

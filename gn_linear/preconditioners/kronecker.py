@@ -234,30 +234,43 @@ def _inverted(factors: list[Sides], dampings: list[Scalar], form: _kronecker.For
             floor = jnp.finfo(side.dtype).eps * len(side) * mean
             sides.append(side)
             shifts.append(_positive(jnp.maximum(jnp.sqrt(damping) * share, floor)))
-    found = {k: _inverted_sketch(side, shifts[k], form) for k, side in enumerate(sides) if form.is_sketch(side)}
     alike: dict[Any, list[int]] = {}
-    for k in (k for k in range(len(sides)) if k not in found):
-        alike.setdefault((len(sides[k]), sides[k].dtype), []).append(k)
+    for k, side in enumerate(sides):
+        alike.setdefault((None if form.is_sketch(side) else len(side), side.dtype), []).append(k)
+    found = {}
     for (width, dtype), members in alike.items():
-        shifted = [sides[k] + shifts[k] * jnp.eye(width, dtype=dtype) for k in members]
-        found.update(zip(members, inverse(jnp.stack(shifted)), strict=True))
+        those, theirs = [sides[k] for k in members], [shifts[k] for k in members]
+        if width is None:
+            inverses = _inverted_sketches(those, theirs, form)
+        else:
+            eye = jnp.eye(width, dtype=dtype)
+            inverses = inverse(jnp.stack([side + shift * eye for side, shift in zip(those, theirs, strict=True)]))
+        found.update(zip(members, inverses, strict=True))
     return [Sides(found[k], found[k + 1]) for k in range(0, len(sides), 2)]
 
 
-def _inverted_sketch(side: jax.Array, shift: Scalar, form: _kronecker.Form) -> jax.Array:
-    r"""The inverse of :math:`Y C^{-1} Y^\top + s I`, with :math:`Y = A \Omega`, :math:`C = \Omega^\top Y`, by Woodbury."""
-    products, signs = side[:, 1:], form.directions(side)
-    core = jnp.matmul(signs.T, products, precision="highest")
-    rounding = _positive(_SKETCH_ROUNDINGS * jnp.finfo(side.dtype).eps * jnp.trace(core))
-    core = 0.5 * (core + core.T) + rounding * jnp.eye(form.rank, dtype=side.dtype)
-    seen = jnp.sum(products * jnp.matmul(products, inverse(core), precision="highest"))
-    whole = form.trace(side)
-    rest = jnp.maximum(whole - seen, 0) / (len(side) - 1 - form.rank)
-    shift = shift + jnp.maximum(rest, _SKETCH_ROUNDINGS * jnp.finfo(side.dtype).eps * whole)
-    inner = inverse(shift * core + jnp.matmul(products.T, products, precision="highest"))
-    return jnp.concatenate(
-        [jnp.full((len(side), 1), 1 / shift, side.dtype), products, jnp.matmul(products, inner / shift)], axis=1
-    )
+def _inverted_sketches(sides: list[jax.Array], shifts: list[Scalar], form: _kronecker.Form) -> list[jax.Array]:
+    r"""Inverses of :math:`Y C^{-1} Y^\top + s I`, with :math:`Y = A \Omega`, :math:`C = \Omega^\top Y`, by Woodbury."""
+    cores, rounding = [], _SKETCH_ROUNDINGS * jnp.finfo(sides[0].dtype).eps
+    for side in sides:
+        core = _times(form.directions(side).T, side[:, 1:])
+        lift = _positive(rounding * jnp.trace(core))
+        cores.append(0.5 * (core + core.T) + lift * jnp.eye(form.rank, dtype=side.dtype))
+    inner, scales = [], []
+    for side, shift, core, solved in zip(sides, shifts, cores, inverse(jnp.stack(cores)), strict=True):
+        products = side[:, 1:]
+        whole, seen = form.trace(side), jnp.sum(products * _times(products, solved))
+        rest = jnp.maximum(whole - seen, 0) / (len(side) - 1 - form.rank)
+        scales.append(shift + jnp.maximum(rest, rounding * whole))
+        inner.append(scales[-1] * core + _times(products.T, products))
+    return [
+        jnp.concatenate([jnp.full_like(side[:, :1], 1 / scale), side[:, 1:], _times(side[:, 1:], found / scale)], axis=1)
+        for side, scale, found in zip(sides, scales, inverse(jnp.stack(inner)), strict=True)
+    ]
+
+
+def _times(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision="highest")
 
 
 def _positive(x: jax.Array) -> jax.Array:

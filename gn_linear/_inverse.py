@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 
 _BLOCK = 7
-"""The widest matrix that LAPACK solves in one thread."""
-_WIDE, _WIDE_BLOCK = 100, 28
-"""Wider matrices are swept in wider blocks, and each of these in narrow ones."""
+"""Widths that LAPACK's triangular solve takes on in one thread."""
+_WIDE = 256
+"""Wider matrices are better off with LAPACK and its threads."""
 
 
 def inverse(matrices: jax.Array) -> jax.Array:
-    r"""The inverses, by the sweep operator: for the columns :math:`G` of each block :math:`b`
+    r"""The inverses, by the sweep operator: for each block :math:`b`, :math:`S_{bb} = L L^\top`, and its columns :math:`G`
 
-    .. math:: S \leftarrow S_{\bar b \bar b} - \tilde G S_{bb}^{-1} \tilde G^\top, \qquad
+    .. math:: S \leftarrow S_{\bar b \bar b} - W W^\top, \qquad W = \tilde G L^{-\top}, \qquad
         \tilde G_{\bar b} = G_{\bar b}, \; \tilde G_b = -I,
 
-    and :math:`-S^{-1}` is left when all blocks have been swept.
+    and :math:`-S^{-1}` is left when all blocks have been swept. It is as stable as the Cholesky factorisation that it
+    contains.
 
     Args:
         matrices: symmetric positive definite, (..., n, n).
@@ -32,28 +33,31 @@ def inverse(matrices: jax.Array) -> jax.Array:
         Goodnight (1979), A tutorial on the SWEEP operator.
     """
     n = matrices.shape[-1]
-    if n <= _BLOCK or jax.default_backend() != "cpu":
-        lower = jnp.linalg.cholesky(matrices, symmetrize_input=False)
+    if not _BLOCK < n <= _WIDE or jax.default_backend() != "cpu":
         eye = jnp.broadcast_to(jnp.eye(n, dtype=matrices.dtype), matrices.shape)
-        root = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-        return _times(jnp.swapaxes(root, -1, -2), root)
-    block = _BLOCK if n <= _WIDE else _WIDE_BLOCK
-    rounds = -(-n // block)
-    spare = rounds * block - n
-    filled = jnp.pad(matrices, [(0, 0)] * (matrices.ndim - 2) + [(0, spare)] * 2)
-    filled = filled + jnp.diag((jnp.arange(n + spare) >= n).astype(matrices.dtype))
-    eye = jnp.broadcast_to(jnp.eye(block, dtype=matrices.dtype), (*matrices.shape[:-2], block, block))
+        return _squared(_below(matrices, eye))
+    rounds = -(-n // _BLOCK)
+    whole = rounds * _BLOCK
+    filled = jnp.pad(matrices, [(0, 0)] * (matrices.ndim - 2) + [(0, whole - n)] * 2)
+    filled = filled + jnp.diag((jnp.arange(whole) >= n).astype(matrices.dtype))
+    eye = jnp.broadcast_to(jnp.eye(_BLOCK, dtype=matrices.dtype), (*matrices.shape[:-2], _BLOCK, _BLOCK))
 
     def sweep(k: jax.Array, swept: jax.Array) -> jax.Array:
-        columns = jax.lax.dynamic_slice_in_dim(swept, k * block, block, axis=-1)
-        pivot = inverse(jax.lax.dynamic_slice_in_dim(columns, k * block, block, axis=-2))
-        columns = jax.lax.dynamic_update_slice_in_dim(columns, -eye, k * block, axis=-2)
-        inside = jnp.arange(n + spare) // block == k
+        rows = jax.lax.dynamic_slice_in_dim(swept, k * _BLOCK, _BLOCK, axis=-2)
+        pivot = jax.lax.dynamic_slice_in_dim(rows, k * _BLOCK, _BLOCK, axis=-1)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, -eye, k * _BLOCK, axis=-1)
+        inside = jnp.arange(whole) // _BLOCK == k
         rest = jnp.where(inside[:, None] | inside, jnp.zeros_like(swept), swept)
-        return rest - _times(_times(columns, pivot), jnp.swapaxes(columns, -1, -2))
+        return rest - _squared(_below(pivot, rows))
 
     return -jax.lax.fori_loop(0, rounds, sweep, filled)[..., :n, :n]
 
 
-def _times(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, precision="highest")
+def _below(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    """The inverse of the Cholesky factor of a matrix, times rows."""
+    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    return jax.scipy.linalg.solve_triangular(lower, rows, lower=True)
+
+
+def _squared(rows: jax.Array) -> jax.Array:
+    return jnp.matmul(jnp.swapaxes(rows, -1, -2), rows, precision="highest")

@@ -16,7 +16,6 @@ from gn_linear.preconditioners._interface import Preconditioner
 
 _SLOWEST = 20  # steps between two refreshes at most
 _SHARE = 2.2  # gradients that refreshes may cost in each step
-_SKETCH_ROUNDINGS = 8
 _INVERSION = 6  # operations of an inversion, in cubes of the width: fewer, but slower than those of a product
 
 
@@ -24,8 +23,8 @@ class Sides(NamedTuple):
     r"""Two factors of a weight, or their inverses: (rows + 1, rows + 1) and (columns + 1, columns + 1).
 
     The last row and column belong to the bias of the layer. Of a side of more than ``widest`` rows there is the
-    diagonal and a product with signs, :math:`(\operatorname{diag} A, A \Omega)`; of its inverse, :math:`I / s - Y Z^\top`,
-    a column of :math:`1 / s`, Y and Z.
+    diagonal and a product with signs, :math:`(\operatorname{diag} A, A \Omega)`; of its inverse, :math:`I / s - V V^\top`,
+    a column of :math:`1 / s` and V.
     """
 
     left: jax.Array
@@ -123,14 +122,11 @@ class Kronecker(Preconditioner):
             dtype = _tree.at_least_float32(jnp.result_type(leaf))
             return Sides(*(jnp.zeros(self.form.shape(n), dtype) for n in matrix))
 
-        def inverted(side: jax.Array) -> jax.Array:
-            return jnp.zeros((len(side), 1 + 2 * self.rank), side.dtype) if self.form.is_sketch(side) else side
-
         leaves = jax.tree.leaves(params)
         factors = tuple(map(sides, leaves))
         zeros = tuple(jnp.zeros([], _tree.at_least_float32(jnp.result_type(leaf))) for leaf in leaves)
         count = jnp.zeros([], jnp.int32)
-        return KroneckerState(factors, jax.tree.map(inverted, factors), _tree.solve_zeros(params), zeros, count, count)
+        return KroneckerState(factors, factors, _tree.solve_zeros(params), zeros, count, count)
 
     def refresh(self, problem: LinearisedProblem, state: KroneckerState) -> KroneckerState:
         """Take in this step's factors if it is time; factors that are not finite are left out."""
@@ -250,22 +246,28 @@ def _inverted(factors: list[Sides], dampings: list[Scalar], form: _kronecker.For
 
 
 def _inverted_sketches(sides: list[jax.Array], shifts: list[Scalar], form: _kronecker.Form) -> list[jax.Array]:
-    r"""Inverses of :math:`Y C^{-1} Y^\top + s I`, with :math:`Y = A \Omega`, :math:`C = \Omega^\top Y`, by Woodbury."""
-    cores, rounding = [], _SKETCH_ROUNDINGS * jnp.finfo(sides[0].dtype).eps
+    r"""Inverses of :math:`X X^\top + s I`, with :math:`X = Y C^{-1/2}`, :math:`Y = A \Omega`, :math:`C = \Omega^\top Y`.
+
+    .. math:: (X X^\top + s I)^{-1} = \tfrac1s I - V V^\top, \qquad V = s^{-1/2} X (X^\top X + s I)^{-1/2}
+
+    Below the rounding of V the difference would not be positive, hence the least s.
+    """
+    dtype = sides[0].dtype
+    eps, eye = jnp.finfo(dtype).eps, jnp.eye(form.rank, dtype=dtype)
+    cores = []
     for side in sides:
         core = _times(form.directions(side).T, side[:, 1:])
-        lift = _positive(rounding * jnp.trace(core))
-        cores.append(0.5 * (core + core.T) + lift * jnp.eye(form.rank, dtype=side.dtype))
-    inner, scales = [], []
-    for side, shift, core, solved in zip(sides, shifts, cores, inverse(jnp.stack(cores)), strict=True):
-        products = side[:, 1:]
-        whole, seen = form.trace(side), jnp.sum(products * _times(products, solved))
-        rest = jnp.maximum(whole - seen, 0) / (len(side) - 1 - form.rank)
-        scales.append(shift + jnp.maximum(rest, rounding * whole))
-        inner.append(scales[-1] * core + _times(products.T, products))
+        cores.append(0.5 * (core + core.T) + _positive(form.rank * eps * jnp.trace(core)) * eye)
+    roots, scales = [], []
+    for side, shift, core in zip(sides, shifts, jnp.linalg.cholesky(inverse(jnp.stack(cores))), strict=True):
+        roots.append(_times(side[:, 1:], core))
+        whole = form.trace(side)
+        rest = jnp.maximum(whole - jnp.sum(jnp.square(roots[-1])), 0) / (len(side) - 1 - form.rank)
+        scales.append(shift + jnp.maximum(rest, eps ** (2 / 3) * whole))
+    inner = inverse(jnp.stack([_times(x.T, x) + scale * eye for x, scale in zip(roots, scales, strict=True)]))
     return [
-        jnp.concatenate([jnp.full_like(side[:, :1], 1 / scale), side[:, 1:], _times(side[:, 1:], found / scale)], axis=1)
-        for side, scale, found in zip(sides, scales, inverse(jnp.stack(inner)), strict=True)
+        jnp.concatenate([jnp.full_like(x[:, :1], 1 / scale), _times(x, half) / jnp.sqrt(scale)], axis=1)
+        for x, scale, half in zip(roots, scales, jnp.linalg.cholesky(inner), strict=True)
     ]
 
 
@@ -298,5 +300,4 @@ def _solved(side: jax.Array, matrix: jax.Array, form: _kronecker.Form) -> jax.Ar
     """The product of an inverse with a matrix."""
     if not form.is_sketch(side):
         return side @ matrix
-    scale, first, second = side[:, :1], side[:, 1 : 1 + form.rank], side[:, 1 + form.rank :]
-    return scale * matrix - first @ (second.T @ matrix)
+    return side[:, :1] * matrix - side[:, 1:] @ (side[:, 1:].T @ matrix)

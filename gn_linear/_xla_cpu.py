@@ -99,7 +99,7 @@ def _is_short_sum(eqn: core.JaxprEqn) -> bool:
         return False
     terms: Any = eqn.invars[0].aval
     axes = eqn.params["axes"]
-    if terms.dtype != jnp.float32 or any(terms.sharding.spec[axis] is not None for axis in axes):
+    if terms.dtype not in (jnp.float32, jnp.float64) or any(terms.sharding.spec[axis] is not None for axis in axes):
         return False
     return 1 <= math.prod(terms.shape[axis] for axis in axes) <= _FEW
 

@@ -30,7 +30,7 @@ PARAMETERS = 100
 """So many make the triangle small."""
 
 UNROLLED = 4
-"""Up to so many parameters the damped problem is solved by operations written out, not by LAPACK."""
+"""Up to so many parameters operations written out solve the damped problem sooner than LAPACK."""
 
 ROUNDING = 10
 """A damping below the square of so many roundings of the Jacobian is raised to that."""

@@ -48,8 +48,9 @@ def least_squares(
     every column with the residuals is below ``rtol`` squared; or when the norm of the residuals is at most ``atol``.
 
     The whole fit is one loop, so it works inside ``jit`` and, many fits at once, ``vmap``. Called by itself it compiles
-    anew each time; to fit again and again, jit a function of the data that calls it, with the data in ``args``. The solution is differentiable with respect to ``args`` and all that ``residuals`` closes over, in
-    both modes, by the implicit function theorem.
+    anew each time; to fit again and again, jit a function of the data that calls it, with the data in ``args``. The
+    solution is differentiable with respect to ``args`` and all that ``residuals`` closes over, in both modes, by the
+    implicit function theorem.
 
     Args:
         residuals: ``residuals(params, *args)``, a float array or a pytree of them.

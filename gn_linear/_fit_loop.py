@@ -10,7 +10,8 @@ from gn_linear import _tree
 from gn_linear._box import Box
 from gn_linear._outcome import Outcome
 from gn_linear._refusal import Refusal, first_that_holds
-from gn_linear._residuals import Residuals, in_units, loss_of_points, norms, scaled_problem, second_derivative, unit_of
+from gn_linear._residuals import Residuals, in_units, loss_of_points, scaled_problem, second_derivative, unit_of
+from gn_linear._rounds import repeat
 from gn_linear._trial import Attempt, Search
 from gn_linear._typing import Count, Flag, Scalar
 from gn_linear.damping import DampingState, LevenbergMarquardt
@@ -125,18 +126,13 @@ class FitLoop:
         Returns:
             Its last state.
         """
-
-        def round_of(state: FitState) -> FitState:
-            after = self._step(state)
-            # In a branch, since it would cost a third of a small step; nothing large goes through it.
-            small = after._replace(vector=(), kept=(), solver=())
-            going = (after.status == RUNNING) & (after.steps < self.max_steps)
-            small = jax.lax.cond(
-                going, lambda kept: kept, lambda kept: self._at_an_end(kept, state.vector, after.vector), small
-            )
-            return small._replace(vector=after.vector, kept=after.kept, solver=after.solver)
-
-        return jax.lax.while_loop(lambda state: state.status == RUNNING, round_of, self._first(start))
+        count = jax.eval_shape(self.residuals.vector, start).size
+        return repeat(
+            lambda state: state.status == RUNNING,
+            lambda state: self._at_an_end(self._step(state), state.vector),
+            self._first(start),
+            entries=count * (start.size + 1),
+        )
 
     def _first(self, start: jax.Array) -> FitState:
         none, dtype = jnp.zeros([], jnp.int32), start.dtype
@@ -288,7 +284,7 @@ class FitLoop:
         level = (jnp.abs(trial.actual) <= bound) & (trial.predicted <= bound) & (trial.gain_ratio <= 2)
         level = (level & trial.accepted) | ~trial.informative
         columns = jnp.where(look.columns > 0, look.columns, jnp.zeros_like(look.columns))
-        length, extent = norms(jnp.stack([columns * (moved - state.vector), columns * state.vector], axis=1))
+        length, extent = (jnp.sum(jnp.abs(columns * v)) for v in (moved - state.vector, state.vector))
         short = length <= jnp.asarray(self.rtol, length.dtype) * extent
         # A step that a bound has just cut short says nothing of the parameters that are left.
         whole = ~self.box.stops(state.vector, moved) | (trial.refusal == Refusal.ROUNDING)
@@ -310,14 +306,14 @@ class FitLoop:
             RUNNING,
         )
 
-    def _at_an_end(self, state: FitState, before: jax.Array, vector: jax.Array) -> FitState:
+    def _at_an_end(self, state: FitState, before: jax.Array) -> FitState:
         """What becomes of a fit that would end after a step, or has reached the cap on steps."""
         if self.scaling is None and self.residuals.dense:
             state = self._in_other_metric(state)
         capped = (state.status == RUNNING) & (state.steps >= self.max_steps)
         # Nothing is left, and still the parameters grow: nowhere else can this be told from a fit that began far away.
         vanished = state.left <= jnp.finfo(state.left.dtype).eps * state.first
-        endless = vanished & (_tree.norm(vector) > _tree.norm(before))
+        endless = vanished & (jnp.sum(jnp.abs(state.vector) - jnp.abs(before)) > 0)
         reached = jnp.where(endless, jnp.int32(Outcome.UNBOUNDED), jnp.int32(Outcome.MAX_STEPS))
         return state._replace(status=jnp.where(capped, reached, state.status))
 

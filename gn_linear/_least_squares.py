@@ -47,10 +47,10 @@ def least_squares(
     a step is shorter than ``rtol`` of the parameters, both in units of the columns of the Jacobian; when the cosine of
     every column with the residuals is below ``rtol`` squared; or when the norm of the residuals is at most ``atol``.
 
-    The whole fit is one ``lax.while_loop``, so it works inside ``jit`` and, many fits at once, ``vmap``. Called by
-    itself it compiles anew each time; to fit again and again, jit a function of the data that calls it, with the data
-    in ``args``. The solution is differentiable with respect to ``args`` and all that ``residuals`` closes over, in
-    both modes, by the implicit function theorem.
+    The whole fit is one loop, so it works inside ``jit`` and, many fits at once, ``vmap``. Called by itself it compiles
+    anew each time; to fit again and again, jit a function of the data that calls it, with the data in ``args``. The
+    solution is differentiable with respect to ``args`` and all that ``residuals`` closes over, in both modes, by the
+    implicit function theorem.
 
     Args:
         residuals: ``residuals(params, *args)``, a float array or a pytree of them.

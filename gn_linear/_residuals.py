@@ -17,6 +17,7 @@ from gn_linear._linearise import Linearisation, linearise
 from gn_linear._loss import Loss
 from gn_linear._options import spread
 from gn_linear._typing import Params, Scalar
+from gn_linear._xla_cpu import in_fast_forms
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.losses import squared_error
 
@@ -74,11 +75,13 @@ class Residuals:
     def vector(self, vector: jax.Array) -> jax.Array:
         """All residuals, weighted, in one vector."""
         if self.chunks is None:
-            found = self.fn(_tree.unflatten(vector, self.like), *self.args)
-            return _weighted(found, self.weights, vector.dtype)
+            return in_fast_forms(self._in_one_piece, vector)(vector)
         # Checkpointed, so that no more than a chunk's intermediate values are kept for the products.
         of_piece = jax.checkpoint(lambda v, piece: self._of_piece(v, piece))
         return jax.lax.map(lambda piece: of_piece(vector, piece), self._pieces(vector)).ravel()
+
+    def _in_one_piece(self, vector: jax.Array) -> jax.Array:
+        return _weighted(self.fn(_tree.unflatten(vector, self.like), *self.args), self.weights, vector.dtype)
 
     def value(self, vector: jax.Array, scale: Scalar) -> Scalar:
         """The cost over the square of a scale."""
@@ -87,10 +90,6 @@ class Residuals:
             return loss((self.vector(vector) / scale)[None])
         pieces = self._pieces(vector)
         return jnp.sum(jax.lax.map(lambda piece: loss((self._of_piece(vector, piece) / scale)[None]), pieces))
-
-    def size(self, vector: jax.Array) -> Scalar:
-        """The norm of all residuals."""
-        return _tree.norm(self.vector(vector))
 
     def point(self, vector: jax.Array) -> Point:
         """The residuals at a vector of parameters, linearised."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from gn_linear._fit_loop import POLICY, FitLoop, FitState, Look
@@ -27,6 +28,9 @@ from gn_linear.solvers import Result, Status
 
 PARAMETERS = 100
 """So many make the triangle small."""
+
+UNROLLED = 4
+"""Up to so many parameters operations written out solve the damped problem sooner than LAPACK."""
 
 ROUNDING = 10
 """A damping below the square of so many roundings of the Jacobian is raised to that."""
@@ -51,16 +55,18 @@ class TriangleLoop(FitLoop):
     def _first(self, start: jax.Array) -> FitState:
         shape = jax.eval_shape(self.residuals.triangle, start)
         kept = Kept(jnp.zeros(shape.shape, shape.dtype), jnp.zeros([], jnp.int32))
-        size = self.residuals.size(start)
-        return super()._first(start)._replace(first=size, left=size, kept=kept)
+        return super()._first(start)._replace(kept=kept)
 
     def _step(self, state: FitState) -> FitState:
-        (triangle, attempts), size = state.kept, state.left
+        triangle, attempts = state.kept
         triangle = jax.lax.cond(attempts == 0, self.residuals.triangle, lambda _: triangle, state.vector)
+        lengths = norms(triangle)
+        size = jnp.where(jnp.isinf(state.left), lengths[-1], state.left)
+        state = state._replace(first=jnp.where(jnp.isinf(state.first), size, state.first))
         scale = jnp.where(size == 0, jnp.ones_like(size), size)
         matrix, unit = triangle[:, :-1], triangle[:, -1] / scale
         gradient = jnp.sum(matrix * unit[:, None], axis=0)
-        look, inverse = self._look_along(state, scale, norms(matrix), gradient, 1.0)
+        look, inverse = self._look_along(state, scale, lengths[:-1], gradient, 1.0)
         look = look._replace(objective=jnp.where(size == 0, size, look.objective))
         last = self._attempted(state, look, matrix * inverse, unit)
         searched = ~last.trial.too_long | (attempts >= MAX_RETRIES)
@@ -74,11 +80,9 @@ class TriangleLoop(FitLoop):
         """A step for the damping that is due."""
         count, rounding = matrix.shape[1], ROUNDING * jnp.finfo(matrix.dtype).eps
         damping = jnp.maximum(look.damping.multiple, count * rounding**2)
-        below = jnp.sqrt(damping) * jnp.eye(count, count + 1, dtype=matrix.dtype)
+        below = jnp.sqrt(damping) * np.eye(count, count + 1, dtype=matrix.dtype)
         above = jnp.concatenate([matrix, unit[:, None]], axis=1)
-        factor = jnp.linalg.qr(jnp.concatenate([above, below]), mode="r")
-        seen = factor[:count, count]
-        step = -solve_triangular(factor[:count, :count], seen)
+        seen, step = _solved(jnp.concatenate([above, below]))
         predicted = 0.5 * jnp.sum(seen * seen + damping * step * step)
         if self.box.sides is not None:
             step = self._adjusted(state, look, step, damping)
@@ -92,3 +96,24 @@ class TriangleLoop(FitLoop):
         one = jnp.ones([], jnp.int32)
         result = Result(step, (), one, jnp.int32(Status.CONVERGED))
         return Attempt(look.damping.multiple, result, step, trial, one)
+
+
+def _solved(stacked: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of ``[A c]`` with more rows than columns ``Q^T c`` and the solution ``d`` of least squares of ``A d + c``."""
+    count = stacked.shape[1] - 1
+    if count > UNROLLED:
+        factor = jnp.linalg.qr(stacked, mode="r")
+        seen = factor[:count, count]
+        return seen, -solve_triangular(factor[:count, :count], seen)
+    # With the right-hand side as a column the modified rule of Gram and Schmidt is as stable as Householder's.
+    columns, rows = [stacked[:, j] for j in range(count + 1)], []
+    for k in range(count):
+        length = jnp.sqrt(jnp.sum(columns[k] * columns[k]))
+        unit = columns[k] / length
+        row = [jnp.sum(unit * column) for column in columns[k + 1 :]]
+        columns[k + 1 :] = [column - r * unit for r, column in zip(row, columns[k + 1 :], strict=True)]
+        rows.append([length, *row])
+    step: list[jax.Array] = []
+    for length, *inner, end in reversed(rows):
+        step.insert(0, -(end + sum(r * d for r, d in zip(inner, step, strict=True))) / length)
+    return jnp.stack([row[-1] for row in rows]), jnp.stack(step)

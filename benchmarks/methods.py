@@ -198,9 +198,26 @@ def kronecker(inner_steps: int) -> Entry:
     return ours(f"Kronecker, CG({inner_steps})", solver)
 
 
+def subsample(rows: int, inner_steps: int) -> Entry:
+    """Makes an entry of conjugate gradients with a part of the batch for a preconditioner, and momentum.
+
+    Args:
+        rows: of the Jacobian.
+        inner_steps: of each step.
+
+    Returns:
+        The entry.
+    """
+    solver = gnl.solvers.CG(
+        max_steps=inner_steps, rtol=0.0, preconditioner=gnl.preconditioners.Subsample(rows=rows), momentum=True
+    )
+    return ours(f"{rows} rows, CG({inner_steps})", solver)
+
+
 DEFAULTS = ours("default solver")
 KRONECKER = (kronecker(2), kronecker(3))
-KRONECKER_LONG = (kronecker(3), kronecker(8))
+SUBSAMPLE = (subsample(128, 2), kronecker(8))
+"""Fewer rows than by default, and the factors that the default would take for a network that is not differentiated."""
 CHOLESKY = ours("Cholesky", gnl.solvers.Cholesky())
 ADAM = first_order("optax adam", optax.adam, (1e-3, 3e-3, 1e-2, 3e-2))
 SGD = first_order("optax sgd, momentum", momentum, (3e-3, 1e-2, 3e-2, 1e-1))

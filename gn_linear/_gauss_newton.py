@@ -38,7 +38,7 @@ from gn_linear.curvature import (
     penalty,
 )
 from gn_linear.losses import Loss, from_convex
-from gn_linear.solvers import Choice, Solver, Status, choose
+from gn_linear.solvers import ByStructure, Choice, Solver, Status, choose
 
 
 class GaussNewtonInfo(NamedTuple):
@@ -144,7 +144,8 @@ def gauss_newton(
         loss: a loss of ``gn_linear.losses``, or any convex ``loss(outputs, targets)`` that returns a scalar or one
             value per example.
         solver: the inner solver; None takes what ``solvers.choose`` finds for the parameters: for networks of dense
-            layers and convolutions one conjugate gradient step with Kronecker factors and momentum, else ``CG()``.
+            layers and convolutions one conjugate gradient step with Kronecker factors and momentum, for networks that
+            are differentiated by their inputs two with a part of the batch, else ``CG()``.
         damping: a policy of ``gn_linear.damping``, or a number, which is a constant absolute damping.
         learning_rate: factor :math:`\eta` of the step, a number or an optax schedule.
         l2: coefficient :math:`\lambda` of the penalty :math:`\frac12 \lambda \|\theta\|^2`, a number or a pytree like
@@ -266,7 +267,7 @@ class _GaussNewton:
         check_state("gauss_newton", state, GaussNewtonState, self.init, params)
         same_model = check_model("gauss_newton", state.model, params)
         model = whole_model(self.predict, params, full_params)
-        solver, _ = self.chosen(params)
+        solver, choice = self.chosen(params)
         if solver.batches is not None:
             check_stacked(solver, solver.batches, curvature_inputs, inputs=inputs, targets=targets)
             model, targets = over_batches(model), merge_batches(targets)
@@ -310,9 +311,13 @@ class _GaussNewton:
         surprise, before = problem.objective.astype(scale.dtype) - state.reached, state.info
         damping = self.policy.reviewed(state.damping, before.gain_ratio, surprise, before.predicted_reduction)
         last, learnt = search.run(damping)
+        if isinstance(solver, ByStructure) and choice != Choice.GIVEN:
+            choice = solver.choice(curved)
         # Adding -0.0 changes no float; adding +0.0 would turn -0.0 into +0.0.
         kept = jax.tree.map(lambda u: jnp.where(last.trial.accepted, u, jnp.full_like(u, -0.0)), last.emitted)
-        return kept, _next_state(state, search, last, scale)._replace(damping=learnt)
+        after = _next_state(state, search, last, scale)
+        told = after.info._replace(solver_choice=jnp.full_like(after.info.solver_choice, choice))
+        return kept, after._replace(damping=learnt, info=told)
 
 
 def _next_state(state: GaussNewtonState, search: Search, last: Attempt, scale: Scalar) -> GaussNewtonState:

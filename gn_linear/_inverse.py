@@ -15,7 +15,9 @@ _WIDE = 256
 
 
 def inverse(matrices: jax.Array) -> jax.Array:
-    r"""The inverses, by the sweep operator: for each block :math:`b`, :math:`S_{bb} = L L^\top`, and its columns :math:`G`
+    r"""The inverses, by the sweep operator.
+
+    For each block :math:`b`, with :math:`S_{bb} = L L^\top` and its columns :math:`G`,
 
     .. math:: S \leftarrow S_{\bar b \bar b} - W W^\top, \qquad W = \tilde G L^{-\top}, \qquad
         \tilde G_{\bar b} = G_{\bar b}, \; \tilde G_b = -I,

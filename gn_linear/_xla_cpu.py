@@ -123,7 +123,7 @@ def _evaluate(closed: core.ClosedJaxpr, arguments: list[Any]) -> list[Any]:
         if _is_other_convolution(eqn):
             results = [_plain_convolution(*operands, **eqn.params)]
         elif _is_short_sum(eqn):
-            results = [_added(operands[0], eqn.params["axes"])]
+            results = [_added(operands[0], tuple(map(int, eqn.params["axes"])))]
         elif _is_plain_call(eqn):
             results = _evaluate(eqn.params["jaxpr"], operands)
         else:

@@ -17,12 +17,14 @@ from jax.flatten_util import ravel_pytree
 import gn_linear as gnl
 from gn_linear import _kronecker, curvature
 from gn_linear.preconditioners import Kronecker
+from gn_linear.preconditioners.kronecker import _inverted_sketches
 from gn_linear.solvers import CG, Status
 from tests.support import assert_bit_equal, assert_close, condition, dense_jacobian, flat, tolerance, unflatten_like
 
 SQUARED = gnl.losses.squared_error
 RNG = np.random.default_rng(91)
 N = 6
+WHOLE = _kronecker.Form(widest=64, rank=1)
 
 
 def draw(*shape):
@@ -46,9 +48,9 @@ def problem(params=ONE, x=X, y=None, loss=SQUARED, l2=0.0, predict=network):
     return curvature.linearised_problem(predict, loss, params, x, targets=y, l2=l2)
 
 
-@functools.partial(jax.jit, static_argnames="widest")
-def moments(params, x, seed, widest=64):
-    return problem(params, x).moments(seed, 1, widest)
+@functools.partial(jax.jit, static_argnames="form")
+def moments(params, x, seed, form=WHOLE):
+    return problem(params, x).moments(seed, 1, form)
 
 
 @jax.jit
@@ -87,6 +89,14 @@ def expected_factors(params):
     return found
 
 
+inverted_sketches = jax.jit(_inverted_sketches, static_argnums=2)
+
+
+def sketch(side, form):
+    """What is kept of a wide factor."""
+    return np.concatenate([np.diag(side)[:, None], side @ np.asarray(form.directions(jnp.asarray(side)))], axis=1)
+
+
 def test_factors_of_one_output_are_exact():
     found, squares = moments(ONE, X, jnp.uint32(3))
     assert {k: m.rows for k, m in found.items()} == {W: N, V: N}
@@ -94,15 +104,16 @@ def test_factors_of_one_output_are_exact():
         assert_close((found[k].left, found[k].right), expected, size=N * 8)
     assert not np.any(flat([squares[k] for k in (W, B, V)]))
     assert np.all(squares[GAIN] > 0)
-    narrow, _ = moments(ONE, X, jnp.uint32(3), widest=3)
+    form = _kronecker.Form(widest=3, rank=2)
+    narrow, _ = moments(ONE, X, jnp.uint32(3), form)
     for k, (left, right) in expected_factors(ONE).items():
-        sides = [np.diag(side) if len(side) > 4 else side for side in (left, right)]
+        sides = [sketch(side, form) if len(side) > 4 else side for side in (left, right)]
         assert_close((narrow[k].left, narrow[k].right), sides, size=N * 8)
 
 
 def test_factors_of_several_outputs_are_exact_in_the_mean():
     seeds = jnp.arange(600, dtype=jnp.uint32)
-    found, squares = jax.jit(jax.vmap(lambda seed: problem(PARAMS).moments(seed, 1, 64)))(seeds)
+    found, squares = jax.jit(jax.vmap(lambda seed: problem(PARAMS).moments(seed, 1, WHOLE)))(seeds)
     gain = dense_jacobian(lambda g, x: network({**PARAMS, "gain": g}, x), PARAMS["gain"], X)
     expected = expected_factors(PARAMS)
     pairs = [(found[k].right, expected[k][1]) for k in (W, V)]
@@ -192,7 +203,7 @@ def test_block_of_one_row_is_exact(name):
     predict, params, x, expected = LAYERS[name]
     assert pairs(predict, params, x) == expected
     linear = problem(params, x, predict=predict)
-    found, _ = jax.jit(lambda seed: linear.moments(seed, 1, 64))(jnp.uint32(0))
+    found, _ = jax.jit(lambda seed: linear.moments(seed, 1, WHOLE))(jnp.uint32(0))
     # Equal outputs of two uses have the block of one, for the loss is a mean.
     gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.grad(lambda p: jnp.mean(predict(p, x)))(params))]
     for block in linear.layers.blocks:
@@ -321,6 +332,39 @@ def test_inverse_is_that_of_the_damped_factors(l2):
     assert_close(found["v"], (left @ np.pad(residual["v"], ((0, 1), (0, 1))) @ right)[:-1, :-1], size=matrix.size)
     diagonal = np.asarray(state.diagonal["gain"]) + 0.05 + penalty["gain"]
     assert_close(found["gain"], residual["gain"] / diagonal, size=N)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("relative", [1e-2, 1e-6, 1e-10])
+@pytest.mark.parametrize(("rank", "decay"), [(3, 0.0), (40, 0.0), (40, 2.0)])
+def test_sketched_inverse_is_definite_and_never_far_off(dtype, relative, rank, decay):
+    """All eigenvalues of M^-1 (A + s) are positive; they are 1 where the sketch holds the whole of A."""
+    form, n = _kronecker.Form(widest=20, rank=8), 41
+    rows = RNG.normal(size=(100, rank)) @ (np.arange(1.0, rank + 1) ** -decay * RNG.normal(size=(n, rank))).T
+    factor = (rows.T @ rows / 100).astype(dtype)
+    shift = relative * np.trace(factor)
+    (found,) = inverted_sketches([jnp.asarray(sketch(factor, form))], [jnp.asarray(shift, dtype)], form)
+    found = np.asarray(found, np.float64)
+    approximate = np.diag(found[:, 0]) - found[:, 1:] @ found[:, 1:].T
+    assert np.linalg.eigvalsh(approximate)[0] > 0
+    least = 2 * np.finfo(dtype).eps ** (2 / 3) * np.trace(factor)
+    values = np.linalg.eigvals(approximate @ (factor.astype(float) + (shift + least) * np.eye(n))).real
+    assert np.min(values) > 0
+    assert np.max(values) < 2 * n / form.rank
+    # Lifted by the root of rounding, a matrix of lower rank is seen to that accuracy, relative to the damping.
+    bound = 4 * np.sqrt(form.rank * np.finfo(dtype).eps) / relative
+    if rank < form.rank and bound < 1:
+        assert np.max(np.abs(values - 1)) < bound
+
+
+def test_wide_layers_train():
+    """Inputs, hidden and outputs wider than what is kept as matrices."""
+    solver = CG(max_steps=2, rtol=0.0, preconditioner=Kronecker(widest=2, rank=2), momentum=True)
+    values, state = losses(network, PARAMS, X, Y, 25, solver=solver)
+    assert values[-1] < values[0] / 20
+    assert state.solver.preconditioner.factors[W].left.shape == (4, 3)
+    whole, _ = losses(network, PARAMS, X, Y, 25, solver=CG(2, rtol=0.0, preconditioner=Kronecker(), momentum=True))
+    assert values[-1] != whole[-1]
 
 
 def test_linear_layer_is_solved_in_one_step():
@@ -504,6 +548,7 @@ def test_regression_in_fewer_products_than_plain_iterations():
         ({"every": 0}, ValueError, "every must be at least 1"),
         ({"every": 1.5}, TypeError, "every must be an int"),
         ({"widest": -1}, ValueError, "widest must be at least 0"),
+        ({"rank": 0}, ValueError, "rank must be at least 1"),
     ],
 )
 def test_arguments_are_checked(arguments, error, says):

@@ -23,8 +23,8 @@ class Sides(NamedTuple):
     r"""Two factors of a weight, or their inverses: (rows + 1, rows + 1) and (columns + 1, columns + 1).
 
     The last row and column belong to the bias of the layer. Of a side of more than ``widest`` rows there is the
-    diagonal and a product with signs, :math:`(\operatorname{diag} A, A \Omega)`; of its inverse, :math:`I / s - V V^\top`,
-    a column of :math:`1 / s` and V.
+    diagonal and a product with signs, :math:`(\operatorname{diag} A, A \Omega)`; of its inverse,
+    :math:`I / s - V V^\top`, a column of :math:`1 / s` and V.
     """
 
     left: jax.Array
@@ -64,9 +64,9 @@ class Kronecker(Preconditioner):
     with the inputs :math:`a` of the layer, extended by 1 for its bias, and the cotangents :math:`b` of its results,
     pulled back from random signs through a square root of the loss's Hessian (exact for one output). The network is
     not registered: its trace tells where each weight enters. What enters in no matrix product or convolution alone has
-    its diagonal instead. Factors wider than ``widest`` are known by their products with as many random signs as
-    ``rank`` says, :math:`A \approx A \Omega (\Omega^\top A \Omega)^{-1} \Omega^\top A`, and the rest of their trace is
-    spread evenly, so that nothing of the cube of a width is ever computed. The averages forget as fast as the batches allow: a batch
+    its diagonal instead. Factors wider than ``widest`` are known by their products with ``rank`` random signs,
+    :math:`A \approx A \Omega (\Omega^\top A \Omega)^{-1} \Omega^\top A`, and the rest of their trace is spread evenly,
+    so that nothing of the cube of a width is computed. The averages forget as fast as the batches allow: a batch
     of r rows weighs :math:`r / (r + \mathrm{memory} \cdot \mathrm{width})`.
 
     Attributes:
@@ -246,24 +246,22 @@ def _inverted(factors: list[Sides], dampings: list[Scalar], form: _kronecker.For
 
 
 def _inverted_sketches(sides: list[jax.Array], shifts: list[Scalar], form: _kronecker.Form) -> list[jax.Array]:
-    r"""Inverses of :math:`X X^\top + s I`, with :math:`X = Y C^{-1/2}`, :math:`Y = A \Omega`, :math:`C = \Omega^\top Y`.
-
-    .. math:: (X X^\top + s I)^{-1} = \tfrac1s I - V V^\top, \qquad V = s^{-1/2} X (X^\top X + s I)^{-1/2}
-
-    Below the rounding of V the difference would not be positive, hence the least s.
-    """
+    # With Y = A Omega and X = Y (Omega^T Y)^(-1/2) it is (X X^T + s I)^-1 = I / s - V V^T,
+    # V = s^(-1/2) X (X^T X + s I)^(-1/2). The difference is positive above the rounding of V, hence the least s.
     dtype = sides[0].dtype
     eps, eye = jnp.finfo(dtype).eps, jnp.eye(form.rank, dtype=dtype)
     cores = []
     for side in sides:
         core = _times(form.directions(side).T, side[:, 1:])
-        cores.append(0.5 * (core + core.T) + _positive(form.rank * eps * jnp.trace(core)) * eye)
+        # What the root of an inverse loses to rounding grows as this lift falls; here both errors are alike.
+        lift = _positive((eps / form.rank) ** 0.5 * jnp.trace(core))
+        cores.append(0.5 * (core + core.T) + lift * eye)
     roots, scales = [], []
     for side, shift, core in zip(sides, shifts, jnp.linalg.cholesky(inverse(jnp.stack(cores))), strict=True):
         roots.append(_times(side[:, 1:], core))
         whole = form.trace(side)
         rest = jnp.maximum(whole - jnp.sum(jnp.square(roots[-1])), 0) / (len(side) - 1 - form.rank)
-        scales.append(shift + jnp.maximum(rest, eps ** (2 / 3) * whole))
+        scales.append(shift + jnp.maximum(rest, 2 * eps ** (2 / 3) * whole))
     inner = inverse(jnp.stack([_times(x.T, x) + scale * eye for x, scale in zip(roots, scales, strict=True)]))
     return [
         jnp.concatenate([jnp.full_like(x[:, :1], 1 / scale), _times(x, half) / jnp.sqrt(scale)], axis=1)

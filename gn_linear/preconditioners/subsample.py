@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gn_linear import _tree
 from gn_linear._typing import Count, Params, Scalar, check_count
@@ -120,26 +119,52 @@ class Subsample(Preconditioner):
         Raises:
             ValueError: no inputs have the leading axis of an output.
         """
-        outputs = problem.linearisation.outputs
-        lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(outputs)})
-        key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-        share = min(self.rows / max(problem.output_size, 1), 1.0)
-        drawn = {n: _drawn(jax.random.fold_in(key, n), n, max(round(n * share), 1)) for n in lengths}
-
-        def cut(leaf: Any) -> Any:
-            indices = drawn.get(np.shape(leaf)[0]) if np.ndim(leaf) else None
-            return leaf if indices is None else _tree.whole(jnp.asarray(leaf))[indices]
-
-        inputs, targets = (jax.tree.map(cut, tree) for tree in (problem.inputs, problem.targets))
-        expected = jax.tree.map(lambda x: (len(drawn[x.shape[0]]), *x.shape[1:]), outputs)
-        found = jax.eval_shape(problem.predict, problem.params, inputs)
-        if jax.tree.map(lambda x: x.shape, found) != expected:
+        if not self.follows(problem):
             raise ValueError(
                 "preconditioners.Subsample draws examples along the leading axes of inputs, but the outputs of predict "
-                f"do not follow: outputs of {_tree.described(outputs)} become {_tree.described(found)}. Give inputs "
-                "the leading axes of the outputs, or use another preconditioner."
+                f"do not follow. They are {_tree.described(problem.linearisation.outputs)}, the inputs "
+                f"{_tree.described(problem.inputs)}. Give inputs the leading axes of the outputs, or use another "
+                "preconditioner."
             )
+        inputs, targets = self._cut(problem, jax.random.fold_in(jax.random.key(self.seed), state.count))
         return linearised_problem(problem.predict, problem.loss, problem.params, inputs, targets=targets, l2=problem.l2)
+
+    def follows(self, problem: LinearisedProblem) -> bool:
+        """Whether outputs become fewer as inputs do, so that examples can be drawn.
+
+        Args:
+            problem: that of the batch; only shapes are looked at.
+
+        Returns:
+            Whether each leading axis of the outputs is one of the inputs.
+        """
+        lengths = self._lengths(problem)
+
+        def outputs(key: jax.Array) -> Any:
+            return problem.predict(problem.params, self._cut(problem, key)[0])
+
+        given = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(problem.inputs) if jnp.ndim(leaf)}
+        if not given >= lengths.keys():
+            return False
+        found = jax.eval_shape(outputs, jax.random.key(0))
+        expected = jax.tree.map(lambda x: (lengths[x.shape[0]], *x.shape[1:]), problem.linearisation.outputs)
+        return jax.tree.map(lambda x: x.shape, found) == expected
+
+    def _lengths(self, problem: LinearisedProblem) -> dict[int, int]:
+        """How many are drawn from each length of the outputs' leading axes."""
+        share = min(self.rows / max(problem.output_size, 1), 1.0)
+        lengths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(problem.linearisation.outputs)})
+        return {n: max(round(n * share), min(n, 1)) for n in lengths}
+
+    def _cut(self, problem: LinearisedProblem, key: jax.Array) -> tuple[Any, Any]:
+        """The inputs and targets of the examples that a key draws."""
+        drawn = {n: _drawn(jax.random.fold_in(key, n), n, count) for n, count in self._lengths(problem).items()}
+
+        def cut(leaf: Any) -> Any:
+            indices = drawn.get(jnp.shape(leaf)[0]) if jnp.ndim(leaf) else None
+            return leaf if indices is None else _tree.whole(jnp.asarray(leaf))[indices]
+
+        return jax.tree.map(cut, problem.inputs), jax.tree.map(cut, problem.targets)
 
 
 def _drawn(key: jax.Array, length: int, count: int) -> jax.Array:

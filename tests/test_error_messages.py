@@ -74,6 +74,7 @@ def call(name: str, names: str, *came: str, of: Callable[..., Any]) -> None:
 # --- the material -----------------------------------------------------------------------------------------------------
 
 SQUARED = gnl.losses.squared_error
+SUBSAMPLED = gnl.solvers.CG(preconditioner=gnl.preconditioners.Subsample())
 CROSS_ENTROPY = gnl.losses.softmax_cross_entropy
 
 
@@ -231,6 +232,15 @@ call("decay/negative", "decay", "-0.5", of=lambda: gnl.preconditioners.Jacobi(de
 call("every/zero", "every", "0", of=lambda: gnl.preconditioners.Kronecker(every=0))
 call("memory/negative", "memory", "-1.0", of=lambda: gnl.preconditioners.Kronecker(memory=-1.0))
 call("widest/negative", "widest", "-1", of=lambda: gnl.preconditioners.Kronecker(widest=-1))
+call("rank/of factors", "rank", "0", of=lambda: gnl.preconditioners.Kronecker(rank=0))
+call("rows/zero", "rows", "0", of=lambda: gnl.preconditioners.Subsample(rows=0))
+call("seed/of a part", "seed", "-1", of=lambda: gnl.preconditioners.Subsample(seed=-1))
+call(
+    "inputs/no examples",
+    "inputs",
+    "leading axes",
+    of=lambda: step(gnl.gauss_newton(lambda p, x: linear(p, X), SQUARED, solver=SUBSAMPLED), inputs=floats(2)),
+)
 call("momentum/number", "momentum", "0.9", of=lambda: gnl.solvers.CG(momentum=0.9))
 call("momentum/warm start", "warm_start", "0.95", of=lambda: gnl.solvers.CG(momentum=True, warm_start=0.95))
 call("fresh/above one", "fresh", "1.5", of=lambda: gnl.damping.LevenbergMarquardt(fresh=1.5))

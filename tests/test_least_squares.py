@@ -566,7 +566,10 @@ def test_a_start_whose_cost_overflows_still_leads_to_the_minimum():
 
 def test_large_problems_take_other_solvers():
     double, single = jnp.float64, jnp.float32
-    assert isinstance(choose(256, 17_000, double)[0], gnl.solvers.QR)
+    assert isinstance(choose(256, 17_000, double)[0], gnl.solvers.Cholesky)
+    assert isinstance(choose(256, 17_000, single)[0], gnl.solvers.QR)
+    assert isinstance(choose(256, 16_000, double)[0], gnl.solvers.QR)
+    assert isinstance(choose(17_000, 256, double)[0], gnl.solvers.QR)
     assert isinstance(choose(2560, 17_000, double)[0], gnl.solvers.Cholesky)
     assert isinstance(choose(2560, 17_000, single)[0], gnl.solvers.QR)
     assert isinstance(choose(10_000, 17_000, single)[0], gnl.solvers.CG)

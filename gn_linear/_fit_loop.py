@@ -222,7 +222,9 @@ class FitLoop:
         largest = _or_one(jnp.max(columns, initial=0.0))
         smallest = jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf)
         # Next to the largest column's square, that of one below the root of rounding would be lost.
-        lost = (state.steps == 0) & (smallest < jnp.finfo(largest.dtype).eps ** 0.5 * largest)
+        lost = smallest < jnp.finfo(largest.dtype).eps ** 0.5 * largest
+        # Where the cost overflows the columns tell how far away the start is, and not the units of the parameters.
+        lost = lost & (state.steps == 0) & jnp.isfinite(scale * scale)
         scaled = state.scaled | lost if self.scaling is None else state.scaled
         metric = jnp.where(scaled & (running > 0), running, largest)
         inverse = jnp.where(free, 1 / metric, jnp.zeros_like(metric))

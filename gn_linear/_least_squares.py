@@ -19,8 +19,10 @@ from gn_linear._typing import Number, Params, check_count, check_number, shown
 from gn_linear.losses import squared_error
 from gn_linear.solvers import CG, QR, Cholesky, Solver
 
-SMALL, MEDIUM, IN_MEMORY = 1000, 4000, 2**26
-"""The smaller side of the Jacobian up to which QR is chosen, and a dense solver at all; the entries that are kept."""
+SMALL, MEDIUM = 1000, 4000
+"""The smaller side of the Jacobian up to which QR is chosen, and a dense solver at all."""
+WIDE, IN_MEMORY = 2**22, 2**26
+"""The entries of a Jacobian with fewer rows than columns from which on QR is too slow, and those that are kept."""
 
 
 def least_squares(
@@ -57,8 +59,9 @@ def least_squares(
         params: where to start, a pytree of floats.
         args: passed on to ``residuals``.
         solver: one of :mod:`gn_linear.solvers`; None chooses ``QR`` for up to 1,000 parameters or residuals, in single
-            precision 4,000, ``Cholesky`` for up to 4,000 in double precision, and ``CG`` beyond or where the Jacobian
-            would not fit into memory.
+            precision 4,000; in double precision ``Cholesky`` for up to 4,000, and for fewer where there are more
+            parameters than residuals and four million entries of the Jacobian; and ``CG`` beyond or where the
+            Jacobian would not fit into memory.
         options: bounds, robust losses, weights, frozen parameters, scaling and more.
         max_steps: the cap on steps.
         rtol: the relative accuracy of the parameters; None means the root of the rounding of their dtype, 1.5e-8 in
@@ -290,7 +293,8 @@ def choose(residuals: int, parameters: int, dtype: Any) -> tuple[Solver, str]:
     if residuals * parameters > IN_MEMORY or smaller > MEDIUM:
         iterative = CG(max_steps=min(500, max(smaller, 1)), rtol=1e-3, progress=0.0)
         return iterative, f"{chosen}, too many for a dense solver"
-    if smaller <= SMALL or single:
+    wide = residuals < parameters and residuals * parameters >= WIDE
+    if (smaller <= SMALL and not wide) or single:
         return QR(corrections=1), f"{chosen}, since it does not square the condition number"
     space = "residuals" if residuals < parameters else "parameters"
     return (

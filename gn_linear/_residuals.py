@@ -17,7 +17,7 @@ from gn_linear._linearise import Linearisation, linearise
 from gn_linear._loss import Loss
 from gn_linear._options import spread
 from gn_linear._typing import Params, Scalar
-from gn_linear._xla_cpu import in_fast_forms
+from gn_linear._xla_cpu import folded, in_fast_forms
 from gn_linear.curvature import LinearisedProblem
 from gn_linear.losses import squared_error
 
@@ -256,9 +256,9 @@ def _by_matrix(outputs: jax.Array, matrix: jax.Array) -> Linearisation:
 
 def norms(matrix: jax.Array) -> jax.Array:
     """Norms of the columns, free of overflow and underflow of the squares."""
-    largest = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
+    largest = folded(jnp.maximum, jnp.abs(matrix))
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
-    return largest * jnp.sqrt(jnp.sum((matrix / unit) ** 2, axis=0))
+    return largest * jnp.sqrt(folded(jnp.add, (matrix / unit) ** 2))
 
 
 def _estimated(lin: Linearisation) -> jax.Array:

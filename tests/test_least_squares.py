@@ -556,9 +556,20 @@ def test_the_loop_on_triangles_takes_the_steps_of_the_one_on_jacobians():
     assert ours.evaluations > ours.steps + 1 and np.array_equal(ours.at_bounds, [True, False])
 
 
+def test_a_start_whose_cost_overflows_still_leads_to_the_minimum():
+    problem = next(p for p in mgh.PROBLEMS if p.name == "jennrich_sampson_6")
+    start = jnp.asarray(problem.started(100.0))
+    assert np.isinf(jnp.sum(problem.residuals(start) ** 2)) and jnp.all(jnp.isfinite(problem.residuals(start)))
+    fit = gnl.least_squares(problem.residuals, start)
+    assert fit.success and problem.solved(float(fit.cost))
+
+
 def test_large_problems_take_other_solvers():
     double, single = jnp.float64, jnp.float32
-    assert isinstance(choose(256, 17_000, double)[0], gnl.solvers.QR)
+    assert isinstance(choose(256, 17_000, double)[0], gnl.solvers.Cholesky)
+    assert isinstance(choose(256, 17_000, single)[0], gnl.solvers.QR)
+    assert isinstance(choose(256, 16_000, double)[0], gnl.solvers.QR)
+    assert isinstance(choose(17_000, 256, double)[0], gnl.solvers.QR)
     assert isinstance(choose(2560, 17_000, double)[0], gnl.solvers.Cholesky)
     assert isinstance(choose(2560, 17_000, single)[0], gnl.solvers.QR)
     assert isinstance(choose(10_000, 17_000, single)[0], gnl.solvers.CG)

@@ -156,3 +156,11 @@ def test_rewritten_products_in_loops_and_batches():
     single = jnp.stack([linear.jvp(jax.tree.map(lambda t, i=i: t[i], tangents)) for i in range(2)])
     assert_close(mapped, single, size=x.size)
     assert_close(looped, single, size=x.size)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 256])
+def test_rows_folded_by_halves_are_those_added_one_by_one(count):
+    rows = np.abs(np.random.default_rng(count).normal(size=(count, _xla_cpu._LONG)))
+    np.testing.assert_array_equal(_xla_cpu.folded(jnp.maximum, jnp.asarray(rows)), rows.max(axis=0, initial=0.0))
+    exact = np.rint(1000 * rows)  # sums of whole numbers do not round
+    np.testing.assert_array_equal(_xla_cpu.folded(jnp.add, jnp.asarray(exact)), exact.sum(axis=0))

@@ -87,7 +87,7 @@ def contests() -> list[Contest]:
         )
         for name, dtype, targets, seconds in (
             (SINGLE, np.float32, (1e-2, 1e-3), 6.0),
-            (DOUBLE, np.float64, (1e-2, 1e-3, 1e-4), 10.0),
+            (DOUBLE, np.float64, (1e-2, 1e-3, 1e-4), 8.0),
         )
     ]
 

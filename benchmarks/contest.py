@@ -51,6 +51,7 @@ class Contest:
         x64: whether parameters and data are in double precision.
         seconds: processor seconds of a run.
         steps: most steps of a run.
+        tuning: on how many of the seeds for it methods are tuned.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Contest:
     x64: bool = False
     seconds: float = 4.0
     steps: int = 4000
+    tuning: int = len(TUNING_SEEDS)
 
 
 class HostedRunner(timing.Runner):
@@ -148,7 +150,7 @@ class Field:
             quick: whether to tune two settings on one seed, and to run for less than a second.
         """
         self.contest = contest
-        self.seeds = TUNING_SEEDS[:1] if quick else TUNING_SEEDS
+        self.seeds = TUNING_SEEDS[: 1 if quick else contest.tuning]
         self.settings = slice(1, 3) if quick else slice(None)
         self.seconds = min(contest.seconds, QUICK_SECONDS) if quick else contest.seconds
         self.hosts: dict[str, Host | remote.RemoteHost] = {}

@@ -9,7 +9,6 @@ Any convex callable ``loss(outputs, targets)`` can stand wherever one of these c
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -48,7 +47,7 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SquaredError(Loss):
     r"""Half the squared error, :math:`\frac{1}{2n} \sum_i \|f_i - y_i\|^2`.
@@ -75,7 +74,7 @@ class SquaredError(Loss):
         return diagonal_products(jnp.ones([], outputs.dtype))
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftmaxCrossEntropy(Loss):
     r"""Cross-entropy of the softmax over the last axis, :math:`-\frac{1}{n} \sum_i \sum_k y_{ik} \log p_{ik}`.
@@ -146,7 +145,7 @@ class SoftmaxCrossEntropy(Loss):
         return product, root, root_transpose
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SigmoidBinaryCrossEntropy(Loss):
     r"""Binary cross-entropy of the logistic sigmoid, :math:`\frac{1}{n} \sum [\log(1 + e^f) - y f]`.
@@ -174,7 +173,7 @@ class SigmoidBinaryCrossEntropy(Loss):
         return diagonal_products(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Poisson(Loss):
     r"""Poisson negative log-likelihood of log-rates, :math:`\frac{1}{n} \sum [e^f - y f]`, without :math:`\log y!`.
@@ -199,7 +198,7 @@ class Poisson(Loss):
         return diagonal_products(jnp.exp(outputs))
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Huber(Loss):
     r"""Huber's loss: :math:`\frac12 r^2` for :math:`|r| \le \delta`, :math:`\delta (|r| - \frac12 \delta)` beyond.
@@ -231,7 +230,7 @@ class Huber(Loss):
         return diagonal_products(inside.astype(outputs.dtype))
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weighted(Loss):
     r"""A loss with a weight for each example, :math:`\frac{1}{n} \sum_i w_i \ell(f_i, y_i)`.
@@ -283,7 +282,7 @@ class Weighted(Loss):
         )
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _WeightedTargets:
     targets: Any
@@ -294,7 +293,7 @@ def _per_example(weights: Any, like: jax.Array) -> jax.Array:
     return jnp.reshape(weights, np.shape(weights) + (1,) * (np.ndim(like) - 1)).astype(like.dtype)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["fn"])
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FromConvex(Loss):
     r"""Any convex callable as a loss, differentiated by JAX.
@@ -306,7 +305,7 @@ class FromConvex(Loss):
         fn: ``fn(outputs, targets)``, returning a scalar, or one value per example (n,), which is averaged.
     """
 
-    fn: Callable[[Outputs, Targets], Any]
+    fn: Callable[[Outputs, Targets], Any] = dataclasses.field(metadata={"static": True})
 
     def _matched(self, outputs: Outputs, targets: Targets) -> Targets:
         return targets

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from gn_linear import _tree
 from gn_linear._loss import Loss, Products, diagonal_products
 from gn_linear._typing import Number, check_number
 
@@ -55,7 +56,7 @@ class _Robust(Loss):
         return diagonal_products(jnp.maximum(curvature, jnp.asarray(jnp.finfo(outputs.dtype).eps, outputs.dtype)))
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftL1(_Robust):
     r"""A smooth absolute value, :math:`C^2 (\sqrt{1 + (r/C)^2} - 1)`. Built by ``gnl.robust.soft_l1``.
@@ -77,7 +78,7 @@ class SoftL1(_Robust):
         return (1 + t**2) ** -1.5
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cauchy(_Robust):
     r"""Cauchy's (Lorentz's) loss, :math:`\frac12 C^2 \log(1 + (r/C)^2)`. Built by ``gnl.robust.cauchy``.
@@ -99,7 +100,7 @@ class Cauchy(_Robust):
         return (1 - t**2) / (1 + t**2) ** 2
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arctan(_Robust):
     r"""A bounded loss, :math:`\frac12 C^2 \arctan((r/C)^2)`. Built by ``gnl.robust.arctan``.

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import gn_linear as gnl
+from gn_linear import _tree
 from gn_linear._loss import Loss
 from gn_linear._refusal import ADVICE
 
@@ -99,7 +100,7 @@ class Played(NamedTuple):
 LOSSES = (gnl.losses.squared_error, gnl.losses.huber(1.0), gnl.losses.softmax_cross_entropy)
 
 
-@jax.tree_util.register_dataclass
+@_tree.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Switched(Loss):
     """One of ``LOSSES``, chosen by a traced number; targets have the shape of the outputs."""

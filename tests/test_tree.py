@@ -1,5 +1,11 @@
 """The pytree vector space against numpy."""
 
+import dataclasses
+import importlib
+import inspect
+import itertools
+import pkgutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gn_linear as gnl
 from gn_linear import _tree
 from tests.support import assert_bit_equal, assert_close, flat, tolerance
 
@@ -129,3 +136,33 @@ def test_holes_are_cut_and_filled():
     assert_bit_equal(_tree.fill_holes(holed, full), full)
     assert_bit_equal(_tree.cut_holes(full, holed), holed)
     assert_bit_equal(_tree.cut_holes(full, full), full)
+
+
+def registered_classes():
+    """The dataclasses of the package that are pytrees."""
+    modules = [importlib.import_module(name) for _, name, _ in pkgutil.walk_packages(gnl.__path__, "gn_linear.")]
+    classes = {c for module in modules for c in vars(module).values() if inspect.isclass(c)}
+    own = sorted((c for c in classes if c.__module__.startswith("gn_linear")), key=lambda c: c.__qualname__)
+    return [c for c in own if dataclasses.is_dataclass(c) and not jax.tree_util.all_leaves([blank(c)])]
+
+
+def blank(cls):
+    obj = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(obj, field.name, 0.0)
+    return obj
+
+
+def test_no_two_classes_have_the_same_structure():
+    # Else `jit` may run for one what it compiled for the other.
+    classes = registered_classes()
+    assert {gnl.losses.Huber, gnl.robust.Cauchy, gnl.solvers.CG, gnl.damping.Constant} <= set(classes)
+    for one, other in itertools.combinations(classes, 2):
+        assert jax.tree.structure(blank(one)) != jax.tree.structure(blank(other)), (one, other)
+
+
+def test_a_class_without_its_constructor_is_itself():
+    for loss in (gnl.robust.cauchy(0.5), gnl.losses.from_convex(optax.losses.huber_loss), gnl.losses.squared_error):
+        leaves, structure = jax.tree.flatten(loss)
+        assert jax.tree.unflatten(structure, leaves) == loss
+        assert jax.tree.structure(jax.tree.map(lambda x: 2 * x, loss)) == structure

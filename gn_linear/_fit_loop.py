@@ -219,7 +219,10 @@ class FitLoop:
         running = jnp.maximum(state.metric, columns)
         finite = jnp.isfinite(scale) & jnp.isfinite(jnp.max(columns, initial=0.0))
         columns = jnp.where(free, columns, jnp.zeros_like(columns))
-        largest = _or_one(jnp.max(columns, initial=0.0))
+        cosines = jnp.abs(gradient) / _or_one(columns) / slope
+        cosines = jnp.where(columns > 0, cosines, jnp.zeros_like(cosines))
+        top, cosine = jnp.max(jnp.stack([columns, cosines]), axis=1, initial=0.0)
+        largest = _or_one(top)
         smallest = jnp.min(jnp.where(columns > 0, columns, largest), initial=jnp.inf)
         # Next to the largest column's square, that of one below the root of rounding would be lost.
         lost = smallest < jnp.finfo(largest.dtype).eps ** 0.5 * largest
@@ -228,7 +231,6 @@ class FitLoop:
         scaled = state.scaled | lost if self.scaling is None else state.scaled
         metric = jnp.where(scaled & (running > 0), running, largest)
         inverse = jnp.where(free, 1 / metric, jnp.zeros_like(metric))
-        cosines = jnp.abs(gradient) / _or_one(columns) / slope
         # The damping of an unscaled metric is a multiple of the largest column's square, which has changed.
         drift = jnp.where((state.reference > 0) & ~scaled, state.reference / largest, jnp.ones_like(largest))
         multiple = jnp.clip(state.damping.multiple * drift * drift, POLICY.minimum, POLICY.maximum)
@@ -240,7 +242,7 @@ class FitLoop:
             metric=jnp.where(scaled, running, state.metric),
             stretch=scale * inverse,
             columns=columns,
-            cosine=jnp.max(jnp.where(columns > 0, cosines, jnp.zeros_like(cosines)), initial=0.0),
+            cosine=cosine,
             damping=state.damping._replace(multiple=multiple),
             reference=largest,
             finite=finite,
@@ -286,7 +288,7 @@ class FitLoop:
         level = (jnp.abs(trial.actual) <= bound) & (trial.predicted <= bound) & (trial.gain_ratio <= 2)
         level = (level & trial.accepted) | ~trial.informative
         columns = jnp.where(look.columns > 0, look.columns, jnp.zeros_like(look.columns))
-        length, extent = (jnp.sum(jnp.abs(columns * v)) for v in (moved - state.vector, state.vector))
+        length, extent = jnp.sum(jnp.abs(columns * jnp.stack([moved - state.vector, state.vector])), axis=1)
         short = length <= jnp.asarray(self.rtol, length.dtype) * extent
         # A step that a bound has just cut short says nothing of the parameters that are left.
         whole = ~self.box.stops(state.vector, moved) | (trial.refusal == Refusal.ROUNDING)

@@ -13,8 +13,9 @@ from gn_linear._fit_loop import FitLoop
 from gn_linear._implicit import implicit_root
 from gn_linear._options import Options, frozen_mask, spread
 from gn_linear._residuals import Residuals, loss_of_points, parameter_count
+from gn_linear._small_loop import PARAMETERS, SmallLoop
+from gn_linear._small_models import forms
 from gn_linear._solution import Solution
-from gn_linear._triangle_loop import PARAMETERS, TriangleLoop
 from gn_linear._typing import Number, Params, check_count, check_number, shown
 from gn_linear.losses import squared_error
 from gn_linear.solvers import CG, QR, Cholesky, Solver
@@ -193,18 +194,21 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
     accuracy = jnp.finfo(dtype).eps ** 0.5 if rtol is None else rtol
     fixed = jax.lax.stop_gradient
     box = Box(None if options.lower is None and options.upper is None else (lower, upper))
-    kind = TriangleLoop if _has_triangle(request, solver, parameter_count(params)) else FitLoop
-    loop = kind(
-        residuals=residuals,
-        solver=solver,
-        box=box,
-        frozen=frozen,
-        scaling=options.scaling,
-        acceleration=options.acceleration,
-        max_steps=max_steps,
-        rtol=accuracy,
-        atol=atol,
-    )
+    settings = {
+        "residuals": residuals,
+        "solver": solver,
+        "box": box,
+        "frozen": frozen,
+        "scaling": options.scaling,
+        "acceleration": options.acceleration,
+        "max_steps": max_steps,
+        "rtol": accuracy,
+        "atol": atol,
+    }
+    loop = FitLoop(**settings)
+    if _is_small(request, solver, len(start)):
+        loop = SmallLoop(**settings, forms=forms(count, len(start)))
+        why += "; by Cholesky where the squares keep enough digits" if len(loop.forms) > 1 else ""
 
     def solve(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         end = loop.run(vector)
@@ -231,8 +235,8 @@ def _fit(request: _Request, params: Params, args: Any, bounds: Any) -> Solution:
     )
 
 
-def _has_triangle(request: _Request, chosen: Solver, parameters: int) -> bool:
-    """Whether a point is no more than the triangle of its Jacobian and residuals."""
+def _is_small(request: _Request, chosen: Solver, parameters: int) -> bool:
+    """Whether a point is no more than a small matrix of its Jacobian and residuals."""
     small = request.solver is None and isinstance(chosen, QR) and parameters <= PARAMETERS
     return small and request.options.loss is None and not request.options.acceleration
 

@@ -109,14 +109,12 @@ class Residuals:
 
         return Point(residuals, value, lin if matrix is None else _by_matrix(residuals, matrix), matrix, columns)
 
-    def triangle(self, vector: jax.Array) -> jax.Array:
-        """R of the QR factorisation of ``[J r]``, or this itself where it is no longer."""
+    def columns(self, vector: jax.Array) -> jax.Array:
+        """``[J r]^T``, shape (P + 1, N); of chunked data the triangle of its QR factorisation in place of ``[J r]``."""
         if self.chunks is not None:
-            return self._triangle_of_chunks(vector)
+            return self._triangle_of_chunks(vector).T
         lin = linearise(lambda v, _: self.vector(v)[None], vector, ())
-        matrix = _jacobian.of_batch(vector, lin)
-        rows = jnp.concatenate([matrix, lin.outputs[0][:, None]], axis=1)
-        return rows if rows.shape[0] <= rows.shape[1] else jnp.linalg.qr(rows, mode="r")
+        return jnp.concatenate([_jacobian.of_batch(vector, lin).T, lin.outputs])
 
     def bend(self, vector: jax.Array, velocity: jax.Array, scale: Scalar) -> jax.Array:
         """The gradient ``J^T H r'' / scale`` of the second derivative along a velocity, chunk by chunk."""

@@ -9,7 +9,7 @@ work through the queue instead: where enough of them have ended, they take up th
 core's cache, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from gn_linear._typing import Flag
+from gn_linear._typing import Count, Flag
 
 IN_CACHE = 2**16
 """Numbers that a core's cache holds beside the rest."""
@@ -69,6 +69,40 @@ def repeat(going: Callable[[Any], Flag], round_of: Callable[[Any], Any], first: 
         return end, jax.tree.map(lambda _: True, end)
 
     return run(traced.consts, first)
+
+
+def one_of(index: Count, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """What ``jax.lax.switch(index, branches, *operands)`` returns; of many at once, the others cost if one wants them.
+
+    Args:
+        index: of the branch.
+        branches: one or two functions of the operands alone.
+        operands: pytrees of arrays.
+
+    Returns:
+        The result of one branch.
+    """
+    if len(branches) == 1:
+        return branches[0](*operands)
+
+    @jax.custom_batching.custom_vmap
+    def chosen(index: Count, *operands: Any) -> Any:
+        return jax.lax.switch(index, branches, *operands)
+
+    @chosen.def_vmap
+    def chosen_of_many(count: int, batched: Any, index: jax.Array, *operands: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda along: 0 if along else None, batched)
+        of_many = [jax.vmap(branch, in_axes=axes[1:], axis_size=count) for branch in branches]
+        if not batched[0]:
+            result = jax.lax.switch(index, of_many, *operands)
+        else:
+            first = of_many[0](*operands)
+            result = jax.lax.cond(
+                jnp.all(index == 0), lambda *_: first, lambda *o: _where(index == 0, first, of_many[1](*o)), *operands
+            )
+        return result, jax.tree.map(lambda _: True, result)
+
+    return chosen(index, *operands)
 
 
 class _Lanes:

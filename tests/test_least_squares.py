@@ -538,7 +538,7 @@ def test_many_fits_at_once_and_their_derivatives():
     np.testing.assert_allclose((again[0] - again[1]) / (2 * step), slopes[2], rtol=step)
 
 
-def test_the_loop_on_triangles_takes_the_steps_of_the_one_on_jacobians():
+def test_the_loop_on_small_matrices_takes_the_steps_of_the_one_on_jacobians():
     """Chunks with weights, bounds, units far apart, and steps that are refused."""
 
     def residuals(p: Any, chunk: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`repeat` against plain Python: alone, and more of them than there are lanes."""
+"""`repeat` and `one_of` against plain Python: alone, and more of them than there are lanes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gn_linear as gnl
-from gn_linear._rounds import FEWEST, IN_CACHE, repeat
+from gn_linear._rounds import FEWEST, IN_CACHE, one_of, repeat
 
 
 def collatz(start, step=1):
@@ -84,3 +84,17 @@ def test_a_fit_does_not_depend_on_its_company():
         slope = jax.jit(jax.vmap(jax.grad(lambda y: fit(y)[0][0])))(data)
         moved = jax.vmap(lambda g, y: jnp.vdot(g, y))(slope, data)
         np.testing.assert_allclose(moved, truth[:, 0], rtol=1e-6)
+
+
+def test_one_of_is_a_switch():
+    branches = [lambda x, y: {"a": x + y["b"]}, lambda x, y: {"a": x * y["b"]}]
+    x, y = jnp.arange(6.0), {"b": jnp.float64(3.0)}
+    for index in ([0] * 6, [1] * 6, [0, 1, 1, 0, 1, 0]):
+        expected = np.where(np.array(index) == 0, np.arange(6) + 3, np.arange(6) * 3)
+        found = jax.jit(jax.vmap(lambda i, x: one_of(i, branches, x, y)))(jnp.asarray(index), x)
+        np.testing.assert_array_equal(found["a"], expected)
+        alone = [one_of(jnp.asarray(i), branches, value, y)["a"] for i, value in zip(index, x, strict=True)]
+        np.testing.assert_array_equal(alone, expected)
+    same = jax.vmap(lambda x: one_of(jnp.int32(1), branches, x, y))(x)
+    np.testing.assert_array_equal(same["a"], np.arange(6) * 3)
+    np.testing.assert_array_equal(one_of(jnp.int32(5), branches[:1], x, y)["a"], np.arange(6) + 3)

@@ -3,9 +3,9 @@
 import os
 
 import jax
-from jaxtyping import install_import_hook
+import jaxtyping
 
-import tests.typechecker  # noqa: F401  (the hook looks it up as an attribute of the package tests)
+from tests.typechecker import checked
 
 # Compiling takes most of the time, so XLA optimises less than it does for users. `XLA_FLAGS= make test` tests what they
 # get; so do the documentation and the tests that start processes of their own.
@@ -16,5 +16,6 @@ os.environ.setdefault(
 
 jax.config.update("jax_enable_x64", True)
 
-with install_import_hook("gn_linear", "tests.typechecker.checked"):
+jaxtyping.jaxtyped = checked  # what the hook writes in front of every function
+with jaxtyping.install_import_hook("gn_linear", "tests.typechecker.checked"):
     import gn_linear  # noqa: F401  (whatever imports it later gets the checked modules)

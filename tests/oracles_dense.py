@@ -92,6 +92,7 @@ def sensitivity(jacobian, hessian, output_gradient, rest, weights, step):
     return 1.0 + moved / size(step)
 
 
+@functools.cache
 def compiled(name, solver):
     """A compiled solve for any right-hand side, damping and penalty."""
     problem = PROBLEMS[name]

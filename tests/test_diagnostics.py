@@ -38,9 +38,11 @@ MODELS = {
 X = make(2, {"x": (N, 3, 2), "y": (M, 3, 2)})
 
 
-def dense(name, x, keep=None):
+@functools.cache
+def dense(name, batch="x", keep=None):
     """(n, c, parameters) by reverse mode over the whole batch."""
     predict, params = MODELS[name]
+    x = X[batch]
     kept = {key: value for key, value in params.items() if keep is None or key in keep}
     vector, unravel = ravel_pytree(kept)
 
@@ -62,7 +64,7 @@ def test_kernel_is_that_of_the_jacobian(name, block_size):
         return (ntk(x), ntk(x, y)), (ntk(x, trace=True), ntk(x, y, trace=True)), ntk(x, y, output=2)
 
     full, averaged, of_one = kernels(X["x"], X["y"])
-    j, k = dense(name, X["x"]), dense(name, X["y"])
+    j, k = dense(name), dense(name, "y")
     size = j.shape[2]
     for got, other in zip(full, (j, k), strict=True):
         assert_close(got, np.einsum("icp,jdp->ijcd", j, other), size=size)
@@ -71,14 +73,15 @@ def test_kernel_is_that_of_the_jacobian(name, block_size):
     assert_close(of_one, np.einsum("ip,jp->ij", j[:, 2], k[:, 2]), size=size)
 
 
-@pytest.mark.parametrize("keep", [{"w"}, {"b", "v"}])
+@pytest.mark.parametrize("keep", [frozenset({"w"}), frozenset({"b", "v"})])
 def test_mask_takes_the_leaves_that_count(keep):
     predict, params = MODELS["perceptron"]
-    j = dense("perceptron", X["x"], keep)
+    j = dense("perceptron", keep=keep)
     want = np.einsum("icp,jcp->ij", j, j) / 3
     flags = {name: name in keep for name in params}
     for mask in (flags, lambda _: flags):
-        got = gnl.diagnostics.empirical_ntk(predict, params, X["x"], trace=True, mask=mask)
+        ntk = functools.partial(gnl.diagnostics.empirical_ntk, predict, trace=True, mask=mask)
+        got = jax.jit(ntk)(params, X["x"])
         assert_close(got, want, size=j.shape[2])
 
 
@@ -89,13 +92,16 @@ def test_mask_may_be_a_prefix():
         return predict(p["net"], x) + p["shift"]
 
     tree = {"net": params, "shift": jnp.zeros(3)}
-    got = gnl.diagnostics.empirical_ntk(nested, tree, X["x"], trace=True, mask={"net": True, "shift": False})
-    assert_close(got, gnl.diagnostics.empirical_ntk(predict, params, X["x"], trace=True), size=N)
+    mask = {"net": True, "shift": False}
+    got = jax.jit(functools.partial(gnl.diagnostics.empirical_ntk, nested, trace=True, mask=mask))(tree, X["x"])
+    j = dense("perceptron")
+    assert_close(got, np.einsum("icp,jcp->ij", j, j) / 3, size=j.shape[2])
 
 
 def test_under_jit_and_in_float32():
     predict, params = MODELS["attention"]
-    exact = gnl.diagnostics.empirical_ntk(predict, params, X["x"], trace=True)
+    j = dense("attention")
+    exact = np.einsum("icp,jcp->ij", j, j) / j.shape[1]
     narrow, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, X["x"]))
     got = jax.jit(lambda p, x: gnl.diagnostics.empirical_ntk(predict, p, x, trace=True, block_size=3))(narrow, x)
     assert got.dtype == jnp.float32
@@ -119,11 +125,11 @@ def test_shares_of_the_leaves_and_the_diagonal(name, block_size):
     kernels, each, mean = measured(X["x"], X["y"])
     for others, (shares, averaged) in zip(((), (X["y"],)), kernels, strict=True):
         for key in params:
-            j, k = (dense(name, x, {key}) for x in (X["x"], *(others or (X["x"],))))
+            j, k = (dense(name, batch, frozenset({key})) for batch in ("x", "y" if others else "x"))
             expected = np.einsum("icp,jdp->ijcd", j, k)
             assert_close(shares[key], expected, size=j.shape[2])
             assert_close(averaged[key], np.einsum("ijcc->ij", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
-    j = dense(name, X["x"])
+    j = dense(name)
     expected = np.einsum("icp,idp->icd", j, j)
     assert_close(each, expected, size=j.shape[2])
     assert_close(mean, np.einsum("icc->i", expected) / j.shape[1], size=j.shape[1] * j.shape[2])
@@ -135,9 +141,9 @@ def test_every_dtype_gives_a_positive_semidefinite_kernel(name, dtype):
     """In at least float32: inner products of rounded gradients are inner products all the same."""
     predict, params = MODELS[name]
     narrow, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, X["x"]))
-    kernel = gnl.diagnostics.empirical_ntk(predict, narrow, x)
+    kernel = jax.jit(functools.partial(gnl.diagnostics.empirical_ntk, predict))(narrow, x)
     assert kernel.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
-    j = dense(name, X["x"])
+    j = dense(name)
     assert_close(kernel, np.einsum("icp,jdp->ijcd", j, j), size=40, dtype=dtype, condition=4)
     size = N * kernel.shape[2]
     matrix = np.asarray(kernel.transpose(0, 2, 1, 3), np.float64).reshape(size, size)
@@ -159,7 +165,7 @@ def test_product_is_that_of_the_kernel(name, block_size, monkeypatch):
     product = functools.partial(gnl.diagnostics.ntk_vector_product, predict, params, block_size=block_size)
     got = jax.jit(product)(X["x"], vector, X["y"])
     got = np.concatenate([np.reshape(leaf, (N, -1)) for leaf in jax.tree.leaves(got)], axis=1)
-    j, k = dense(name, X["x"]), dense(name, X["y"])
+    j, k = dense(name), dense(name, "y")
     assert_close(got, np.einsum("icp,jdp,jd->ic", j, k, flat), size=j.shape[2] * flat.size)
 
 

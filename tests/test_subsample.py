@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import gn_linear as gnl
 from gn_linear import curvature
 from gn_linear.preconditioners import Subsample
 from gn_linear.solvers import CG, ByStructure, Choice
-from tests.support import assert_close, condition, dense_jacobian, flat, unflatten_like
+from tests.support import assert_close, condition, dense_jacobian, flat
 
 RNG = np.random.default_rng(31)
 INSIDE, EDGE = 12, 4
@@ -46,10 +47,16 @@ def state(count=1):
     return Subsample().init(PARAMS)._replace(count=jnp.int32(count))
 
 
-def matrix_of(subsample, linear, damping, count=1):
-    apply, _ = subsample.inverse(linear, state(count), jnp.asarray(damping))
-    size = flat(PARAMS).size
-    return np.stack([flat(apply(unflatten_like(unit, PARAMS))) for unit in np.eye(size)])
+def matrix_of(subsample, damping, **of):
+    """Of the problem with these arguments."""
+
+    @jax.jit
+    def columns(units):
+        apply, _ = subsample.inverse(problem(**of), state(), jnp.asarray(damping))
+        return jax.vmap(lambda unit: ravel_pytree(apply(unravel(unit)))[0])(units)
+
+    vector, unravel = ravel_pytree(PARAMS)
+    return np.asarray(columns(jnp.eye(vector.size)))
 
 
 def ggn(points):
@@ -63,21 +70,27 @@ def ggn(points):
 
 def test_all_rows_give_the_inverse():
     damping = 0.05
-    found = matrix_of(Subsample(rows=INSIDE + EDGE), problem(), damping)
+    found = matrix_of(Subsample(rows=INSIDE + EDGE), damping)
     exact = ggn(POINTS) + (damping + L2) * np.eye(len(found))
     assert_close(found, np.linalg.inv(exact), size=len(found), condition=condition(exact))
 
 
 def test_some_rows_give_the_inverse_of_theirs():
-    subsample, linear = Subsample(rows=8), problem()
-    part = subsample.part(linear, state())
-    assert jax.tree.map(len, part.inputs) == {"edge": 2, "inside": 6}
-    for name, points in part.inputs.items():
+    subsample = Subsample(rows=8)
+
+    @jax.jit
+    def drawn():
+        part = subsample.part(problem(), state())
+        return part.inputs, part.targets
+
+    inputs, targets = drawn()
+    assert jax.tree.map(len, inputs) == {"edge": 2, "inside": 6}
+    for name, points in inputs.items():
         rows = [np.flatnonzero(np.all(POINTS[name] == point, axis=1)).item() for point in points]
         assert len(set(rows)) == len(rows)
-        np.testing.assert_array_equal(part.targets[name], TARGETS[name][np.array(rows)])
-    found = matrix_of(subsample, linear, 0.05)
-    exact = ggn(part.inputs) + (0.05 + L2) * np.eye(len(found))
+        np.testing.assert_array_equal(targets[name], TARGETS[name][np.array(rows)])
+    found = matrix_of(subsample, 0.05)
+    exact = ggn(inputs) + (0.05 + L2) * np.eye(len(found))
     assert_close(found, np.linalg.inv(exact), size=len(found), condition=condition(exact))
 
 
@@ -95,25 +108,32 @@ def test_every_step_draws_anew_and_all_points_alike():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_no_damping_is_no_division_by_zero(dtype):
     params, points, targets = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, POINTS, TARGETS))
-    linear = curvature.linearised_problem(equation, SQUARED, params, points, targets=targets)
-    apply, _ = Subsample(rows=8).inverse(linear, state(), jnp.zeros([], dtype))
     vector = jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), dtype), params)
-    solved = apply(vector)
+
+    @jax.jit
+    def solve(params, vector):
+        linear = curvature.linearised_problem(equation, SQUARED, params, points, targets=targets)
+        apply, _ = Subsample(rows=8).inverse(linear, state(), jnp.zeros([], dtype))
+        return apply(vector)
+
+    solved = solve(params, vector)
     assert np.all(np.isfinite(flat(solved)))
     assert flat(solved) @ flat(vector) > 0
 
 
 def test_weighted_losses_and_plain_callables():
     weights = jax.tree.map(lambda y: jnp.linspace(0.5, 2.0, len(y)), TARGETS)
-    weighted = problem(loss=gnl.losses.weighted(SQUARED), targets=(TARGETS, weights))
+    weighted = gnl.losses.weighted(SQUARED)
     convex = gnl.losses.from_convex(
         lambda outputs, targets: sum(
             jnp.mean(0.5 * w * (f - y) ** 2)
             for f, y, w in zip(*(jax.tree.leaves(t) for t in (outputs, *targets)), strict=True)
         )
     )
-    plain = problem(loss=convex, targets=(TARGETS, weights))
-    first, second = (matrix_of(Subsample(rows=INSIDE + EDGE), linear, 0.1) for linear in (weighted, plain))
+    first, second = (
+        matrix_of(Subsample(rows=INSIDE + EDGE), 0.1, loss=loss, targets=(TARGETS, weights))
+        for loss in (weighted, convex)
+    )
     assert_close(first, second, size=len(first), condition=condition(first))
 
 
@@ -154,11 +174,10 @@ def test_it_is_chosen_for_differentiated_networks_alone():
     assert values[-1] < values[0] / 1e3
     given = CG(max_steps=2, rtol=0.0, preconditioner=Subsample(rows=256), momentum=True)
     np.testing.assert_array_equal(values, train(equation, POINTS, TARGETS, 12, given)[1])
-    state, _ = train(network, POINTS["inside"], TARGETS["inside"][:, None], 2)
-    assert Choice(int(state.info.solver_choice)) == Choice.KRONECKER
-    # Examples cannot be drawn: the points are no inputs.
-    state, _ = train(lambda p, x: equation(p, POINTS), jnp.ones(3), TARGETS, 2)
-    assert Choice(int(state.info.solver_choice)) == Choice.KRONECKER
+    values_alone = problem(predict=network, points=POINTS["inside"], targets=TARGETS["inside"][:, None])
+    assert ByStructure().choice(values_alone) == Choice.KRONECKER
+    points_are_no_inputs = problem(predict=lambda p, x: equation(p, POINTS), points=jnp.ones(3))
+    assert ByStructure().choice(points_are_no_inputs) == Choice.KRONECKER
 
 
 def test_several_outputs_of_an_example_keep_the_factors():

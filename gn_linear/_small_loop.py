@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gn_linear import _tree
 from gn_linear._fit_loop import POLICY, FitLoop, FitState, Look
 from gn_linear._rounds import one_of
-from gn_linear._small_models import Form, Model, Units
+from gn_linear._small_models import Form, Model
 from gn_linear._trial import MAX_RETRIES, Attempt, learnt, verdict
 from gn_linear._typing import Count, Scalar
 from gn_linear.curvature import Reductions
@@ -67,7 +67,7 @@ class SmallLoop(FitLoop):
         scale = jnp.where(size == 0, jnp.ones_like(size), size)
         look, inverse = self._look_along(begun, scale, model.lengths[:-1], model.slope(scale), 1.0)
         look = look._replace(objective=jnp.where(size == 0, size, look.objective))
-        last = self._attempted(begun, look, model, Units(inverse, scale))
+        last = self._attempted(begun, look, model, jnp.append(inverse, 1 / scale))
         searched = ~last.trial.too_long | (attempts >= MAX_RETRIES)
         left = jnp.where(last.trial.accepted, scale * jnp.sqrt(2 * last.trial.reached), size)
         after = self._after(begun, look, last, learnt(POLICY, look.damping, last.trial), searched)._replace(
@@ -79,9 +79,9 @@ class SmallLoop(FitLoop):
         again = state._replace(kept=Kept(model, jnp.zeros_like(attempts), jnp.ones_like(form)))
         return _tree.where(lost, again, after)
 
-    def _attempted(self, state: FitState, look: Look, model: Model, units: Units) -> Attempt:
+    def _attempted(self, state: FitState, look: Look, model: Model, units: jax.Array) -> Attempt:
         """A step for the damping that is due."""
-        count, rounding = len(units.inverse_metric), ROUNDING * jnp.finfo(units.scale.dtype).eps
+        count, rounding = len(units) - 1, ROUNDING * jnp.finfo(units.dtype).eps
         damping = jnp.maximum(look.damping.multiple, count * rounding**2)
         chosen = state.kept.form
         step, predicted = one_of(chosen, [form.solved for form in self.forms], model, units, damping)

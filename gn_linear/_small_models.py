@@ -3,9 +3,10 @@ r"""The quadratic model of a fit of few parameters, in a matrix as small as they
 All that a search for a step needs of its point, the norms of the columns, the gradient and the damped problem, is in
 the squares :math:`[J \; r]^T [J \; r]` as well as in the triangle of the QR factorisation of :math:`[J \; r]`.
 
-``Squares`` cost a product and a Cholesky factorisation. They square the condition number: where the factorisation
-leaves at least a part :math:`q` of the square of each column, a step has a relative error of :math:`\epsilon / q`.
-Below :math:`q = \epsilon^{3/4}` there is no step. Above, the next steps correct it, since the gradient is exact.
+``Squares`` cost a product and a Cholesky factorisation. That of :math:`G + \mu I`, with columns no longer than 1, is
+one of :math:`G + \mu I + E`, :math:`\|E\| \le P \epsilon`, so that of the reduction that the step :math:`d` promises
+at most :math:`(P \epsilon \|d\|)^2 / 2 \mu` is lost. Where that is more than a hundredth and the columns depend on each
+other, there is no step. Smaller errors are corrected by the next steps, since the gradient is exact.
 
 ``Triangle`` costs QR factorisations of the rows and of two small matrices, the right-hand side as one more column,
 
@@ -28,8 +29,11 @@ from gn_linear._typing import Scalar
 UNROLLED = 4
 """Up to so many parameters operations written out solve the damped problem sooner than LAPACK."""
 
-BORNE = 0.75
-"""The power of rounding that a factorisation of squares must leave of each."""
+INDEPENDENT = 0.5
+"""The power of rounding that a factorisation leaves of the square of each column, where they are independent."""
+
+LOSS = 0.02
+"""Twice the part of what a step promises that it may lose to the squares."""
 
 
 class Model(NamedTuple):
@@ -54,30 +58,18 @@ class Model(NamedTuple):
         return _slope(self.matrix, size) if self.facts is None else self.facts[1, :-1]
 
 
-class Units(NamedTuple):
-    """The units of a step: of parameters, ``1 / D`` in each, and of the residuals."""
-
-    inverse_metric: jax.Array
-    scale: Scalar
-
-    @property
-    def of_columns(self) -> jax.Array:
-        """What the columns of ``[J r]`` are multiplied by."""
-        return jnp.append(self.inverse_metric, 1 / self.scale)
-
-
 class Form:
-    """A form of the model."""
+    """A form of the model; ``units``, shape (P + 1,), is what the columns of ``[J r]`` are multiplied by."""
 
     def of(self, columns: jax.Array) -> Model:
         """A model from ``[J r]^T``."""
         raise NotImplementedError
 
-    def solved(self, model: Model, units: Units, damping: Scalar) -> tuple[jax.Array, Scalar]:
+    def solved(self, model: Model, units: jax.Array, damping: Scalar) -> tuple[jax.Array, Scalar]:
         """The damped step and the reduction that the model promises, which is NaN where the form has no step."""
         raise NotImplementedError
 
-    def reduction(self, model: Model, units: Units, step: jax.Array) -> Scalar:
+    def reduction(self, model: Model, units: jax.Array, step: jax.Array) -> Scalar:
         """What the model promises of any step."""
         raise NotImplementedError
 
@@ -91,24 +83,26 @@ class Squares(Form):
         lengths = jnp.sqrt(_diagonal(squares))
         return Model(squares, jnp.stack([lengths, squares[-1] / _or_one(lengths[-1])]))
 
-    def solved(self, model: Model, units: Units, damping: Scalar) -> tuple[jax.Array, Scalar]:
+    def solved(self, model: Model, units: jax.Array, damping: Scalar) -> tuple[jax.Array, Scalar]:
         scaled = self._scaled(model, units)
         count, precision = len(scaled) - 1, jnp.finfo(scaled.dtype)
         # One more in the corner keeps the last pivot positive, since the residuals have the norm of one.
         damped = scaled + jnp.where(jnp.arange(count + 1) < count, damping, 1) * jnp.eye(count + 1, dtype=scaled.dtype)
         step, pivots = (_eliminated if count <= UNROLLED else _factorised)(damped)
-        borne = pivots > precision.eps**BORNE * _diagonal(damped)[:count]
+        # In one reduction each, since more operations cost more than their arithmetic.
+        length, slope = jnp.sum(step * jnp.stack([step, scaled[count, :count]]), axis=1)
+        predicted = 0.5 * (damping * length - slope)
+        spared = (count * precision.eps) ** 2 * length <= LOSS * damping * predicted
+        independent = pivots > precision.eps**INDEPENDENT * _diagonal(damped)
         held = (model.lengths > (precision.tiny / precision.eps) ** 0.5) & (model.lengths < precision.max**0.5)
-        predicted = 0.5 * jnp.sum(step * (damping * step - scaled[:count, count]))
-        return step, jnp.where(jnp.all(borne) & jnp.all(held), predicted, jnp.nan)
+        return step, jnp.where(jnp.all((independent | spared) & held), predicted, jnp.nan)
 
-    def reduction(self, model: Model, units: Units, step: jax.Array) -> Scalar:
+    def reduction(self, model: Model, units: jax.Array, step: jax.Array) -> Scalar:
         scaled = self._scaled(model, units)
         return -jnp.sum(step * (scaled[:-1, -1] + 0.5 * jnp.sum(scaled[:-1, :-1] * step, axis=1)))
 
-    def _scaled(self, model: Model, units: Units) -> jax.Array:
-        columns = units.of_columns
-        return model.matrix * columns * columns[:, None]
+    def _scaled(self, model: Model, units: jax.Array) -> jax.Array:
+        return model.matrix * units * units[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +123,16 @@ class Triangle(Form):
         lengths = norms(rows)
         return Model(rows, jnp.stack([lengths, jnp.append(_slope(rows, _or_one(lengths[-1])), 0)]))
 
-    def solved(self, model: Model, units: Units, damping: Scalar) -> tuple[jax.Array, Scalar]:
-        above = model.matrix * units.of_columns
+    def solved(self, model: Model, units: jax.Array, damping: Scalar) -> tuple[jax.Array, Scalar]:
+        above = model.matrix * units
         below = jnp.sqrt(damping) * jnp.eye(above.shape[1] - 1, above.shape[1], dtype=above.dtype)
         # A branch of many operations costs more than LAPACK, even where it is not taken.
         solve = _orthogonalised if self.alone and len(below) <= UNROLLED else _least_squares
         seen, step = solve(jnp.concatenate([above, below]))
         return step, 0.5 * jnp.sum(seen * seen + damping * step * step)
 
-    def reduction(self, model: Model, units: Units, step: jax.Array) -> Scalar:
-        rows = model.matrix * units.of_columns
+    def reduction(self, model: Model, units: jax.Array, step: jax.Array) -> Scalar:
+        rows = model.matrix * units
         image = jnp.sum(rows[:, :-1] * step, axis=1)
         return -jnp.sum(image * (rows[:, -1] + 0.5 * image))
 
@@ -174,7 +168,7 @@ def _factorised(damped: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Symmetric, and LAPACK reads it the other way round.
     factor = jnp.linalg.cholesky(damped.T, symmetrize_input=False)
     step = solve_triangular(factor[:count, :count], -factor[count, :count], lower=True, trans="T")
-    return step, jnp.square(_diagonal(factor)[:count])
+    return step, jnp.square(_diagonal(factor))
 
 
 def _eliminated(damped: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,7 +181,7 @@ def _eliminated(damped: jax.Array) -> tuple[jax.Array, jax.Array]:
     step: list[jax.Array] = []
     for k in reversed(range(count)):
         step.insert(0, -(columns[k][count] + sum(c * d for c, d in zip(columns[k][k + 1 : count], step, strict=True))))
-    return jnp.stack(step), jnp.stack(pivots)
+    return jnp.stack(step), jnp.stack([*pivots, damped[count, count]])
 
 
 def _least_squares(stacked: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,12 +1,14 @@
 """The two forms of the model of a small fit against numpy, and what becomes of a fit that the squares lose."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gn_linear as gnl
-from gn_linear._small_models import BORNE, UNROLLED, Squares, Triangle, Units, forms
+from gn_linear._small_models import UNROLLED, Squares, Triangle, forms
 from tests.support import tolerance
 
 RNG = np.random.default_rng(8)
@@ -14,18 +16,17 @@ ROWS = 20
 DTYPES = [np.float32, np.float64]
 FORMS = {"squares": Squares(), "triangle": Triangle(), "alone": Triangle(alone=True)}
 
-solve = jax.jit(
-    lambda columns, metric, size, damping, form: FORMS[form].solved(
-        FORMS[form].of(columns), Units(1 / metric, size), damping
-    ),
-    static_argnames="form",
-)
-promise = jax.jit(
-    lambda columns, metric, size, step, form: FORMS[form].reduction(
-        FORMS[form].of(columns), Units(1 / metric, size), step
-    ),
-    static_argnames="form",
-)
+
+@functools.partial(jax.jit, static_argnames="form")
+def solve(columns, metric, size, damping, form):
+    units = jnp.append(1 / metric, 1 / size)
+    return FORMS[form].solved(FORMS[form].of(columns), units, damping)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def promise(columns, metric, size, step, form):
+    units = jnp.append(1 / metric, 1 / size)
+    return FORMS[form].reduction(FORMS[form].of(columns), units, step)
 
 
 def problem(parameters, condition, dtype):
@@ -70,17 +71,21 @@ def test_steps_are_as_near_as_the_condition_lets_them_be(form, dtype, parameters
 @pytest.mark.parametrize("parameters", [2, UNROLLED + 2])
 def test_squares_have_no_step_where_they_would_lose_it(dtype, parameters):
     eps = float(np.finfo(dtype).eps)
-    for power, kept in ((0.25 * BORNE, True), (0.75 * BORNE, False), (1.0, False)):
-        columns, metric, size = problem(parameters, eps**-power, dtype)
-        step, predicted = solve(columns, metric, size, dtype(0), "squares")
+    columns, metric, size = problem(parameters, 1.0, np.float64)
+    basis = np.linalg.qr(columns[:-1].T)[0]
+    for power, kept in ((0.4, True), (0.6, False), (1.5, False)):
+        # All but this part of the square of the last column lies in the span of the others.
+        part, turn = eps**power, np.eye(parameters)
+        turn[:, -1] = [*[((1 - part) / (parameters - 1)) ** 0.5] * (parameters - 1), part**0.5]
+        near = np.concatenate([metric[:, None] * (basis @ turn).T, columns[-1:]]).astype(dtype)
+        step, predicted = solve(near, metric.astype(dtype), dtype(size), dtype(0), "squares")
         assert np.isfinite(predicted) == kept, power
         if kept:
-            expected, _ = dense(columns, metric, size, 0)
-            assert np.linalg.norm(step - expected) <= tolerance(dtype, ROWS, eps ** (-2 * power)) * max(
-                np.linalg.norm(expected), 1
-            )
-        # The same with enough damping.
-        assert np.isfinite(solve(columns, metric, size, dtype(1), "squares")[1])
+            expected, _ = dense(near, metric.astype(dtype), dtype(size), 0)
+            assert np.linalg.norm(step - expected) <= tolerance(dtype, ROWS, 1 / part) * np.linalg.norm(expected)
+        # Damping bounds what is lost: by far enough, or too little.
+        for damping, enough in ((1.0, True), (eps**0.5, True), (eps**2 * part, kept)):
+            assert np.isfinite(solve(near, metric.astype(dtype), dtype(size), dtype(damping), "squares")[1]) == enough
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,23 +109,23 @@ def test_few_rows_are_a_triangle_already():
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_fits_of_every_condition_end_where_qr_leads_them(mapped):
-    """Lines through two points that nearly coincide: the squares serve some of the fits, and not others."""
-    gaps = np.array([1.0, 1e-3, 1e-5, 1e-7])
-    t = 1 + gaps[:, None] * np.linspace(-1, 1, 12)
-    y = 2 * t + 1 + 0.1 * gaps[:, None] * np.cos(7 * np.arange(12))
+def test_fits_of_every_condition_end_where_dense_solves_do(mapped):
+    """The same polynomials in a good basis, a worse and a bad one, which the squares do not serve to the end."""
+    t = np.linspace(-1, 1, 30)
+    y = np.exp(-3 * t) + np.cos(40 * t)
+    good, worse, bad = np.polynomial.chebyshev.chebvander(t, 12), np.vander(t, 13), np.vander(t + 1, 13)
+    assert np.linalg.cond(good) < 10 < np.linalg.cond(worse) < 1e6 < 1e8 < np.linalg.cond(bad)
 
-    def fit(t, y, solver):
-        found = gnl.least_squares(lambda p: p[0] * t + p[1] - y, jnp.zeros(2), solver=solver)
-        return found.params, found.status, found.steps
+    def fit(basis, solver=None):
+        found = gnl.least_squares(lambda p: basis @ p - y, jnp.zeros(13), solver=solver)
+        return found.cost, found.status, found.steps
 
-    ends = []
-    for solver in (None, gnl.solvers.QR(corrections=1)):
-        alone = jax.jit(lambda t, y, solver=solver: fit(t, y, solver))
-        if mapped:
-            ends.append(jax.vmap(alone)(t, y))
-        else:
-            ends.append(list(map(np.stack, zip(*(alone(*one) for one in zip(t, y, strict=True)), strict=True))))
-    (ours, status, steps), (expected, *others) = ends
-    np.testing.assert_array_equal((status, steps), others)
-    np.testing.assert_allclose(ours, expected, rtol=np.finfo(np.float64).eps ** 0.5)
+    def all_fits(bases):
+        qr = jax.lax.map(lambda basis: fit(basis, gnl.solvers.QR(corrections=1)), bases)
+        return (jax.vmap(fit) if mapped else lambda all_: jax.lax.map(fit, all_))(bases), qr
+
+    (cost, status, steps), (_, _, others) = jax.jit(all_fits)(np.stack([good, worse, bad]))
+    assert np.all(status > 0)
+    assert np.all(steps <= others)
+    least = 0.5 * np.sum((good @ np.linalg.lstsq(good, y)[0] - y) ** 2)
+    np.testing.assert_allclose(cost, [least] * 3, rtol=np.finfo(np.float64).eps ** 0.5)

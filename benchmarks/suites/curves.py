@@ -28,8 +28,8 @@ X64 = True
 
 MANY, QUICK_MANY = 1000, 20
 ROUNDS, QUICK_ROUNDS = 7, 2
-CALLS = 10
-"""How many single fits are timed together."""
+CALLS, TURNS = 50, 3
+"""How many single fits are timed together, and how many times as often, since their times vary most."""
 SHARE = 1.0
 """A method that has taken so many seconds on a curve is not timed again."""
 WARM_UP = 0.1
@@ -223,7 +223,7 @@ def measure(curve: Curve, count: int, rounds: int) -> list[Row]:
         solve(starts[0], data[0])
         compiling[name] = time.perf_counter() - begin
         runners[name] = lambda solve=solve: np.stack([solve(starts[i], data[i]) for i in range(few)])
-    found, seconds = in_turns(runners, rounds, CALLS if count == 1 else 1)
+    found, seconds = in_turns(runners, *((rounds, 1) if count > 1 else (TURNS * rounds, CALLS)))
     cost = jax.jit(jax.vmap(lambda p, d: 0.5 * jnp.sum(curve.residuals(p, d) ** 2)))
     costs = {name: np.nan_to_num(cost(params, data[: len(params)]), nan=np.inf) for name, params in found.items()}
     best = np.min([[*row, *np.full(count - len(row), np.inf)] for row in costs.values()], axis=0)

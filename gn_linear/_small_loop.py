@@ -67,7 +67,9 @@ class SmallLoop(FitLoop):
         scale = jnp.where(size == 0, jnp.ones_like(size), size)
         look, inverse = self._look_along(begun, scale, model.lengths[:-1], model.slope(scale), 1.0)
         look = look._replace(objective=jnp.where(size == 0, size, look.objective))
-        last = self._attempted(begun, look, model, jnp.append(inverse, 1 / scale))
+        # Not in the branches that solve: up to eight operations XLA runs in turn, more it schedules.
+        units = jnp.append(inverse, 1 / scale)
+        last = self._attempted(begun, look, model, units)
         searched = ~last.trial.too_long | (attempts >= MAX_RETRIES)
         left = jnp.where(last.trial.accepted, scale * jnp.sqrt(2 * last.trial.reached), size)
         after = self._after(begun, look, last, learnt(POLICY, look.damping, last.trial), searched)._replace(

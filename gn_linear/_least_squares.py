@@ -60,9 +60,10 @@ def least_squares(
         params: where to start, a pytree of floats.
         args: passed on to ``residuals``.
         solver: one of :mod:`gn_linear.solvers`; None chooses ``QR`` for up to 1,000 parameters or residuals, in single
-            precision 4,000; in double precision ``Cholesky`` for up to 4,000, and for fewer where there are more
-            parameters than residuals and four million entries of the Jacobian; and ``CG`` beyond or where the
-            Jacobian would not fit into memory.
+            precision 4,000, which up to 100 parameters leaves to a Cholesky factorisation of the squares as long as a
+            step loses less than a hundredth of its promise to them; in double precision ``Cholesky`` for up to 4,000,
+            and for fewer where there are more parameters than residuals and four million entries of the Jacobian; and
+            ``CG`` beyond or where the Jacobian would not fit into memory.
         options: bounds, robust losses, weights, frozen parameters, scaling and more.
         max_steps: the cap on steps.
         rtol: the relative accuracy of the parameters; None means the root of the rounding of their dtype, 1.5e-8 in

@@ -78,7 +78,8 @@ class SmallLoop(FitLoop):
         if len(self.forms) == 1:
             return after
         lost = (form == 0) & ~jnp.isfinite(last.trial.predicted)
-        again = state._replace(kept=Kept(model, jnp.zeros_like(attempts), jnp.ones_like(form)))
+        kept = Kept(model, jnp.zeros_like(attempts), jnp.ones_like(form))
+        again = state._replace(evaluations=state.evaluations + 1, kept=kept)
         return _tree.where(lost, again, after)
 
     def _attempted(self, state: FitState, look: Look, model: Model, units: jax.Array) -> Attempt:
